@@ -1,0 +1,225 @@
+"""Run configuration: frozen dataclasses, one line of meaning and unit under each field.
+
+A run is one ``RunConfig``. Recipes are functions that return one; the command line overrides fields of it
+(``--optim.lr 3e-4``). Sections that have several kinds (a modality, a data set, a backbone) are base classes
+here, and the module that implements a kind owns its subclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names the field, its value and what would be accepted."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModalityConfig:
+    """One modality of a run: its name, its part of the token mix and its weight in the loss.
+
+    Subclasses live in ``uml_fast/modalities/`` and build the stem, the decoder and the loss.
+    """
+
+    name: str
+    """Name of the modality, unique in the run; sources, metrics and checkpoints use it."""
+    share: float = 1.0
+    """Part of this modality in the token mix, relative to the others (tokens, not samples)."""
+    weight: float = 1.0
+    """Factor of this modality's loss in the total (alpha of the paper)."""
+
+    def __post_init__(self) -> None:
+        require(self.name.isidentifier(), f"modality name {self.name!r} must be a Python identifier")
+        require(self.share > 0, f"{self.name}.share is {self.share}; it must be positive")
+        require(self.weight >= 0, f"{self.name}.weight is {self.weight}; it must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Where a run's samples come from. Subclasses live in ``uml_fast/data/`` and implement ``load``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BackboneConfig:
+    """The shared network. Subclasses live in ``uml_fast/model/`` and implement ``build``."""
+
+    width: int
+    """Features per token at the input of the backbone; stems project to it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What is minimised (paper 1.1): the sum over modalities of weight x loss."""
+
+    kind: Literal["next_embedding", "classification"] = "classification"
+    """next_embedding: predict the next row of a segment; classification: one head shared by all modalities."""
+    classes: int = 0
+    """Number of classes of the shared head; 0 where there is none."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the cross-entropy, 0..1."""
+    project: tuple[str, ...] = ()
+    """Modalities that get a bias-free projection before the shared head (paper 1.4, matrix P)."""
+    learn_scale: bool = False
+    """Learn one logit scale per modality (initial value 1) instead of none."""
+    init_head_from: str | None = None
+    """Modality whose class-mean embeddings, L2-normalised, initialise the head's rows; None: random."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "classification":
+            require(self.classes >= 2, f"objective.classes is {self.classes}; classification needs >= 2")
+        require(0 <= self.label_smoothing < 1, "objective.label_smoothing must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixConfig:
+    """How modalities share the packs (docs/design.md, scheduler)."""
+
+    policy: Literal["joint", "alternate", "warmup"] = "joint"
+    """joint: every modality in every pack; alternate: one modality a pack; warmup: one side first, then joint."""
+    token_budget: int = 2048
+    """Rows of a joint pack over all modalities."""
+    warmup_epochs: float = 0.0
+    """Length of the warm-up in epochs of the modality that goes first (policy warmup)."""
+    warmup_first: Literal["auxiliary", "target"] = "auxiliary"
+    """auxiliary: the order of the authors' release; target: the order the paper describes."""
+
+    def __post_init__(self) -> None:
+        require(self.token_budget >= 1, f"mix.token_budget is {self.token_budget}; it must be >= 1")
+        require(self.warmup_epochs >= 0, "mix.warmup_epochs must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """Optimiser and learning-rate schedule."""
+
+    kind: Literal["adam", "adamw"] = "adamw"
+    """adam adds weight decay to the gradient, adamw decouples it."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms, positions and scales get none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the moment estimates."""
+    schedule: Literal["constant", "cosine"] = "cosine"
+    """Shape after the warm-up; cosine ends at zero."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from zero."""
+    clip_norm: float = 0.0
+    """Largest gradient norm; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive")
+        require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
+        require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
+        require(self.clip_norm >= 0, "optim.clip_norm must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Evaluation of the target modality after (and, for early stopping, during) training."""
+
+    probe: bool = True
+    """Fit a logistic regression on frozen embeddings of the target's training data (paper 1.2)."""
+    every: int = 0
+    """Steps between validations; 0: only at the end."""
+    patience: int = 0
+    """Validations without improvement after which training stops; 0: never."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0 and self.patience >= 0, "eval.every and eval.patience must not be negative")
+        require(self.patience == 0 or self.every > 0, "eval.patience needs eval.every > 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Checkpoints of each trial (mode and seed)."""
+
+    every: int = 500
+    """Steps between checkpoints; the last step and SIGTERM always write one. 0: only those."""
+    keep: int = 2
+    """Checkpoints kept per trial, newest first."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, "checkpoint.every must not be negative")
+        require(self.keep >= 1, "checkpoint.keep must be >= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One run: every mode for every seed, then the comparison."""
+
+    recipe: str
+    """Name of the recipe this configuration came from."""
+    target: str
+    """Name of the modality that is evaluated and exported."""
+    modalities: tuple[ModalityConfig, ...]
+    """All modalities, the target among them."""
+    data: DataConfig
+    """Where the samples come from."""
+    backbone: BackboneConfig
+    """The shared network."""
+    objective: ObjectiveConfig
+    """What is minimised."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    """How modalities share the packs."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and learning-rate schedule."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation of the target modality."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    steps: int = 1000
+    """Optimiser steps of each trial."""
+    seeds: int = 5
+    """Number of paired seeds: each is trained once per mode."""
+    seed: int = 0
+    """First seed; the others count up from it."""
+    modes: tuple[Literal["unimodal", "uml"], ...] = ("unimodal", "uml")
+    """What is trained for every seed: the target alone, and all modalities."""
+    metric: Literal["head", "probe", "error"] = "head"
+    """What the comparison reports: accuracy of the head or the probe, or the target's validation error."""
+    out: Path | None = None
+    """Run folder; None: runs/<recipe>."""
+    resume: str = "auto"
+    """auto: continue the run in the folder if there is one; never: start anew; else a run folder to continue."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """dtype of matrix products; auto: bf16 where the device multiplies it natively, else fp32."""
+    compile: bool = False
+    """Compile the step with torch.compile; shapes are fixed, so it compiles once per layout."""
+    log_every: int = 20
+    """Steps between lines in metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        names = [m.name for m in self.modalities]
+        require(len(set(names)) == len(names), f"modality names are not unique: {names}")
+        require(self.target in names, f"target {self.target!r} is not among the modalities {names}")
+        require(self.steps >= 1, f"steps is {self.steps}; it must be >= 1")
+        require(self.seeds >= 1, f"seeds is {self.seeds}; it must be >= 1")
+        require(self.log_every >= 1, f"log_every is {self.log_every}; it must be >= 1")
+        require(len(self.modes) >= 1, "modes is empty; name unimodal, uml or both")
+        unknown = set(self.objective.project) - set(names)
+        require(not unknown, f"objective.project names {sorted(unknown)}, not among the modalities {names}")
+
+    def modality(self, name: str) -> ModalityConfig:
+        """The configuration of the modality called ``name``."""
+        return next(m for m in self.modalities if m.name == name)
+
+    def for_mode(self, mode: str) -> RunConfig:
+        """The configuration of one mode: ``unimodal`` keeps the target modality alone."""
+        if mode == "uml":
+            return self
+        alone = (self.modality(self.target),)
+        project = tuple(n for n in self.objective.project if n == self.target)
+        objective = dataclasses.replace(self.objective, project=project, init_head_from=None)
+        return dataclasses.replace(self, modalities=alone, objective=objective)

@@ -1,0 +1,202 @@
+"""The packed batch: ragged segments of several modalities in one block of T rows, no padding between them.
+
+Every modality is a ragged array of fixed-size *rows*, and one row becomes one token: an image patch
+(uint8), a hop of samples (int16), a token id (int32), a feature vector (float32). A pack is a fixed sequence of
+*regions*, one per modality; a region has a fixed number of rows and of segment slots, so every shape of a run is
+fixed, stems write static slices, and nothing recompiles.
+
+Legend: T rows of a pack, S segment slots, C rows of a region, E elements of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PADDING = -1
+"""Value of ``modality_S`` for slots that hold no sample."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Region:
+    """The rows and slots of one modality in a pack."""
+
+    name: str
+    """Modality."""
+    rows: int
+    """Rows C of the region."""
+    slots: int
+    """Segment slots of the region."""
+    row_elems: int
+    """Elements E of one raw row."""
+    dtype: str
+    """numpy name of the raw element type."""
+    max_len: int
+    """Longest segment in rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The fixed shape of a pack: its regions in order."""
+
+    regions: tuple[Region, ...]
+
+    @property
+    def rows(self) -> int:
+        """T, the rows of a pack."""
+        return sum(r.rows for r in self.regions)
+
+    @property
+    def slots(self) -> int:
+        """S, the segment slots of a pack."""
+        return sum(r.slots for r in self.regions)
+
+    @property
+    def max_len(self) -> int:
+        """Longest segment in rows."""
+        return max(r.max_len for r in self.regions)
+
+    def row_slice(self, index: int) -> slice:
+        """Rows of region ``index``."""
+        start = sum(r.rows for r in self.regions[:index])
+        return slice(start, start + self.regions[index].rows)
+
+    def slot_slice(self, index: int) -> slice:
+        """Segment slots of region ``index``."""
+        start = sum(r.slots for r in self.regions[:index])
+        return slice(start, start + self.regions[index].slots)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One pack on a device.
+
+    Segments of a region come first; rows behind them up to the region's end are covered by padding segments
+    of at most ``max_len`` rows, and slots left over are empty segments at the region's end. So offsets never
+    decrease, start at 0, end at T, and cover every row once.
+    """
+
+    layout: Layout
+    raw: tuple[Tensor, ...]
+    """Per region (C, E) raw rows; rows of padding are zero."""
+    offsets_S1: Tensor
+    """int32 (S + 1,) first row of each segment, then T."""
+    modality_S: Tensor
+    """int32 (S,) region index of each segment, PADDING for padding and empty slots."""
+    label_S: Tensor
+    """int32 (S,) class of each segment, -1 where there is none."""
+    sample_S: Tensor
+    """int64 (S,) index of the sample in its source, -1 for padding."""
+    position_T: Tensor
+    """int32 (T,) position of each row in its segment."""
+    segment_T: Tensor
+    """int32 (T,) segment slot of each row."""
+
+    @property
+    def max_len(self) -> int:
+        """Longest segment in rows, a Python int that is the same for every pack of the layout."""
+        return self.layout.max_len
+
+    def to(self, device: torch.device, non_blocking: bool = True) -> PackedBatch:
+        """The same pack on ``device``."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device, non_blocking=non_blocking)
+
+        return PackedBatch(
+            self.layout, tuple(move(r) for r in self.raw), move(self.offsets_S1), move(self.modality_S),
+            move(self.label_S), move(self.sample_S), move(self.position_T), move(self.segment_T),
+        )  # fmt: skip
+
+    def valid_T(self) -> Tensor:
+        """bool (T,) True for rows of samples, False for padding."""
+        return self.modality_S[self.segment_T.long()] != PADDING
+
+
+def padding_slots(rows: int, max_len: int) -> int:
+    """Segment slots that ``rows`` rows of padding need."""
+    return -(-rows // max_len)
+
+
+def pack_samples(
+    layout: Layout,
+    samples: Mapping[str, Sequence[np.ndarray]],
+    labels: Mapping[str, Sequence[int]] | None = None,
+) -> PackedBatch:
+    """Pack given samples in their order; the readable definition of what the native assembler does.
+
+    Args:
+        layout: shape of the pack.
+        samples: per modality the samples, each (rows, E) of the region's dtype.
+        labels: per modality one class per sample; -1 where absent.
+
+    Raises:
+        ValueError: a sample is empty, longer than ``max_len`` or of another row size or dtype, or the
+            samples of a modality do not fit its region.
+    """
+    S, T = layout.slots, layout.rows
+    offsets = np.zeros(S + 1, np.int32)
+    modality = np.full(S, PADDING, np.int32)
+    label = np.full(S, -1, np.int32)
+    sample = np.full(S, -1, np.int64)
+    position = np.zeros(T, np.int32)
+    segment = np.zeros(T, np.int32)
+    raw = []
+    row, slot = 0, 0
+    for m, region in enumerate(layout.regions):
+        rows = np.zeros((region.rows, region.row_elems), region.dtype)
+        end_row, end_slot = row + region.rows, slot + region.slots
+        start_row = row
+        given = samples.get(region.name, ())
+        for i, x in enumerate(given):
+            n = len(x)
+            if x.shape[1:] != (region.row_elems,) or x.dtype != rows.dtype:
+                raise ValueError(
+                    f"{region.name} sample {i} is {x.dtype}{list(x.shape)}; "
+                    f"its region takes {region.dtype}[rows, {region.row_elems}]"
+                )
+            if not 1 <= n <= region.max_len:
+                raise ValueError(f"{region.name} sample {i} has {n} rows; 1..{region.max_len} are allowed")
+            rest = end_row - row - n
+            if rest < 0 or slot + 1 + padding_slots(rest, region.max_len) > end_slot:
+                raise ValueError(
+                    f"{region.name}: {len(given)} samples do not fit a region of {region.rows} rows "
+                    f"and {region.slots} slots"
+                )
+            rows[row - start_row : row - start_row + n] = x
+            offsets[slot], modality[slot], sample[slot] = row, m, i
+            label[slot] = labels[region.name][i] if labels and region.name in labels else -1
+            position[row : row + n] = np.arange(n)
+            segment[row : row + n] = slot
+            row, slot = row + n, slot + 1
+        while row < end_row:
+            n = min(region.max_len, end_row - row)
+            offsets[slot] = row
+            position[row : row + n] = np.arange(n)
+            segment[row : row + n] = slot
+            row, slot = row + n, slot + 1
+        offsets[slot:end_slot] = end_row
+        slot = end_slot
+        raw.append(torch.from_numpy(rows))
+    offsets[S] = T
+    as_tensors = [torch.from_numpy(a) for a in (offsets, modality, label, sample, position, segment)]
+    return PackedBatch(layout, tuple(raw), *as_tensors)
+
+
+def unpack_samples(batch: PackedBatch) -> dict[str, list[np.ndarray]]:
+    """The samples of a pack per modality, in packed order; the inverse of ``pack_samples``."""
+    offsets = batch.offsets_S1.tolist()
+    modality = batch.modality_S.tolist()
+    out: dict[str, list[np.ndarray]] = {r.name: [] for r in batch.layout.regions}
+    for m, region in enumerate(batch.layout.regions):
+        first = batch.layout.row_slice(m).start
+        slots = batch.layout.slot_slice(m)
+        rows = batch.raw[m].numpy()
+        for s in range(slots.start, slots.stop):
+            if modality[s] != PADDING:
+                out[region.name].append(rows[offsets[s] - first : offsets[s + 1] - first])
+    return out
