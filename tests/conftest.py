@@ -1,0 +1,71 @@
+"""What every test runs under: one thread, deterministic algorithms, poisoned empty memory."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when a kernel is decorated, so set it before the first import of one.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(1)
+# Deterministic mode also fills torch.empty with NaN, so a kernel that leaves a row unwritten shows.
+torch.use_deterministic_algorithms(True, warn_only=True)
+
+CAPABILITIES = {"gpu": "cuda", "native": "native", "triton": "triton"}
+"""Marker of a test -> what it needs; UML_REQUIRE=cuda,native,triton makes skips failures."""
+
+
+def missing(capability: str) -> str | None:
+    """Why a capability is not here, or None where it is."""
+    if capability == "cuda":
+        return None if torch.cuda.is_available() else "no CUDA device"
+    if capability == "native":
+        from uml_fast import native
+
+        return None if native.available() else f"no native extension: {native.reason()}"
+    try:
+        import triton  # noqa: F401
+    except ModuleNotFoundError:
+        return "triton is not installed"
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "native: needs the native extension")
+    config.addinivalue_line("markers", "triton: needs Triton")
+    config.addinivalue_line("markers", "slow: more than about ten seconds")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    required = os.environ.get("UML_REQUIRE", "").split(",")
+    for marker, capability in CAPABILITIES.items():
+        if item.get_closest_marker(marker) is None:
+            continue
+        reason = missing(capability)
+        if reason is not None and capability in required:
+            pytest.fail(f"UML_REQUIRE names {capability}, but: {reason}", pytrace=False)
+        if reason is not None:
+            pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """An empty folder for one run."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    return folder
