@@ -10,7 +10,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from uml_fast.data.source import Task
+    from uml_fast.modalities.base import Modality
 
 
 class ConfigError(ValueError):
@@ -42,10 +48,18 @@ class ModalityConfig:
         require(self.share > 0, f"{self.name}.share is {self.share}; it must be positive")
         require(self.weight >= 0, f"{self.name}.weight is {self.weight}; it must not be negative")
 
+    def build(self, width: int, output_width: int, decode: bool) -> Modality:
+        """The stem (to ``width``) and, where ``decode`` asks for it, the decoder (from ``output_width``)."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Where a run's samples come from. Subclasses live in ``uml_fast/data/`` and implement ``load``."""
+
+    def load(self, seed: int, mode: str) -> Task:
+        """The samples of one trial: those of a seed, for ``unimodal`` or ``uml``."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +68,10 @@ class BackboneConfig:
 
     width: int
     """Features per token at the input of the backbone; stems project to it."""
+
+    def build(self) -> nn.Module:
+        """The network with freshly drawn weights (its interface: ``uml_fast/model/transformer.py``)."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -116,6 +116,36 @@ class PackedBatch:
         """bool (T,) True for rows of samples, False for padding."""
         return self.modality_S[self.segment_T.long()] != PADDING
 
+    def region(self, index: int) -> RegionRows:
+        """The rows of region ``index``, as its stem and its loss see them."""
+        rows, slots = self.layout.row_slice(index), self.layout.slot_slice(index)
+        segment = self.segment_T[rows]
+        valid = self.modality_S[segment.long()] != PADDING
+        return RegionRows(self.raw[index], self.position_T[rows], segment, valid, rows, slots)
+
+
+@dataclass(frozen=True, slots=True)
+class RegionRows:
+    """The rows of one region: static slices of a pack."""
+
+    raw: Tensor
+    """(C, E) raw rows."""
+    position_C: Tensor
+    """int32 (C,) position of each row in its segment."""
+    segment_C: Tensor
+    """int32 (C,) segment slot of each row."""
+    valid_C: Tensor
+    """bool (C,) False for padding."""
+    rows: slice
+    """Rows of the pack."""
+    slots: slice
+    """Segment slots of the pack."""
+
+    def continues_C(self) -> Tensor:
+        """bool (C,) True where the next row belongs to the same sample."""
+        same = self.segment_C[1:] == self.segment_C[:-1]
+        return torch.cat((same & self.valid_C[:-1], same.new_zeros(1)))
+
 
 def padding_slots(rows: int, max_len: int) -> int:
     """Segment slots that ``rows`` rows of padding need."""

@@ -1,0 +1,107 @@
+"""What every modality provides: features of raw rows, a stem, and the next-embedding loss.
+
+Legend: C rows of a region, E elements of a raw row, F features of a row, D width of the backbone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from uml_fast.config import ConfigError, ModalityConfig
+from uml_fast.pack import RegionRows
+
+
+class Linear(nn.Linear):
+    """nn.Linear whose fp32 master weights follow the dtype of the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Modality(nn.Module):
+    """Stem and decoder of one modality. Subclasses define ``features`` and ``describe``.
+
+    The stem is ``tokens = Linear(features(rows)) + position``, as in paper 1.2; the decoder is
+    ``Linear(D -> F)`` and predicts the features of the next row (or, for single vectors, of the row itself).
+    """
+
+    row_elems: int
+    """Elements E of a raw row."""
+    row_dtype: str
+    """numpy name of the raw element type."""
+
+    def __init__(
+        self,
+        config: ModalityConfig,
+        *,
+        features: int,
+        width: int,
+        output_width: int,
+        positions: int = 0,
+        decode: bool = False,
+        autoencode: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = config.name
+        self.max_positions = positions
+        self.autoencode = autoencode
+        self.stem: nn.Module = Linear(features, width)
+        self.position = nn.Parameter(torch.randn(positions, width) * 0.02) if positions else None
+        self.decoder = Linear(output_width, features) if decode else None
+
+    def fit(self, rows: np.ndarray, offsets: np.ndarray) -> None:
+        """Set normalisation statistics from the raw rows of the training samples."""
+
+    def features(self, region: RegionRows) -> Tensor:
+        """Raw rows to float features (C, F) fp32: input of the stem and target of the decoder."""
+        raise NotImplementedError
+
+    def describe(self, sample: np.ndarray) -> dict[str, Any]:
+        """One sample as a person sees it: ``kind`` with ``png``, ``wav``, ``text`` or ``values``."""
+        raise NotImplementedError
+
+    def check(self, longest: int, row_elems: int, dtype: str) -> None:
+        """Raise ConfigError unless samples of this shape fit the stem."""
+        if (row_elems, dtype) != (self.row_elems, self.row_dtype):
+            raise ConfigError(
+                f"{self.name}: the data has rows of {dtype}[{row_elems}], "
+                f"the stem takes {self.row_dtype}[{self.row_elems}]"
+            )
+        if self.max_positions and longest > self.max_positions:
+            raise ConfigError(
+                f"{self.name}: the longest sample has {longest} rows, but {self.name}.positions is "
+                f"{self.max_positions}; raise it or cut the samples"
+            )
+
+    def embed(self, region: RegionRows, features: Tensor, dtype: torch.dtype) -> Tensor:
+        """Tokens (C, D) in ``dtype``."""
+        tokens: Tensor = self.stem(features.to(dtype))
+        if self.position is not None:
+            tokens = tokens + self.positions_of(region).to(dtype)
+        return tokens
+
+    def positions_of(self, region: RegionRows) -> Tensor:
+        """Learned position of each row (C, D)."""
+        assert self.position is not None
+        # rows of padding may lie beyond the table
+        return self.position[region.position_C.clamp(max=self.max_positions - 1).long()]
+
+    def prediction_loss(self, hidden_CD: Tensor, features: Tensor, region: RegionRows) -> Tensor:
+        """Mean squared error of the next row's features, over rows that have one (paper 1.2)."""
+        assert self.decoder is not None
+        predicted = self.decoder(hidden_CD).float()
+        if self.autoencode:
+            return masked_mean((predicted - features).square().mean(1), region.valid_C)
+        error = (predicted[:-1] - features[1:]).square().mean(1)
+        return masked_mean(error, region.continues_C()[:-1])
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the values under a mask; 0 where the mask is empty."""
+    kept = torch.where(mask, values, 0.0)
+    return kept.sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,41 @@
+"""The classification head shared by all modalities (paper 1.4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from uml_fast.config import ObjectiveConfig
+
+
+class SharedHead(nn.Module):
+    """``logits_m = scale_m * W (P_m v)``; P and the scales are there where the configuration asks for them."""
+
+    def __init__(self, config: ObjectiveConfig, width: int, modalities: tuple[str, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.classes, width))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.project = nn.ModuleDict({m: nn.Linear(width, width, bias=False) for m in config.project})
+        self.scale = (
+            nn.ParameterDict({m: nn.Parameter(torch.ones(())) for m in modalities}) if config.learn_scale else {}
+        )
+
+    def forward(self, embedding_SE: Tensor, modality: str) -> Tensor:
+        """Embeddings (S, E) of one modality to logits (S, classes), fp32."""
+        v = embedding_SE.float()
+        if modality in self.project:
+            v = self.project[modality](v)
+        logits = F.linear(v, self.weight)
+        return logits * self.scale[modality] if modality in self.scale else logits
+
+    @torch.no_grad()
+    def set_class_means(self, embedding_NE: Tensor, label_N: Tensor) -> None:
+        """Set row c to the L2-normalised mean embedding of class c (paper 1.4, "init").
+
+        Rows of classes without a sample keep their random value.
+        """
+        classes = len(self.weight)
+        sums = torch.zeros_like(self.weight).index_add_(0, label_N, embedding_NE.to(self.weight.dtype))
+        present = torch.bincount(label_N, minlength=classes) > 0
+        self.weight[present] = F.normalize(sums, dim=1)[present]
