@@ -1,0 +1,98 @@
+"""Recipes: a run is a function without arguments that returns a RunConfig.
+
+The registry maps a name to ``module:function`` as text, so that listing recipes imports none of
+them, and a recipe whose packages are missing stops nobody from using another one.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+
+from uml_fast.config import ConfigError, RunConfig
+
+RECIPES = {
+    "arithmetic": "uml_fast.recipes.arithmetic:arithmetic",
+    "gaussian": "uml_fast.recipes.gaussian:gaussian",
+    "throughput": "uml_fast.recipes.throughput:throughput",
+}
+"""Name of each recipe -> where its function is."""
+
+DEFAULT = "arithmetic"
+"""Recipe of a run that names none."""
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> str:
+    """The message for a name that does not exist: the nearest names, else all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
+    if near:
+        return f"unknown {kind} {given!r}; did you mean {' or '.join(near)}?"
+    return f"unknown {kind} {given!r}; there are: {', '.join(names)}"
+
+
+def load_recipe(name: str) -> RunConfig:
+    """The configuration of a registered recipe, or of ``path/to/recipe.py:function``.
+
+    Raises:
+        ConfigError: no such recipe, file or function, or what it returns is no RunConfig.
+        ModuleNotFoundError: the recipe needs a package that is not installed.
+    """
+    path, _, function = name.rpartition(":")
+    if path.endswith(".py"):
+        recipe = _function(_import_file(Path(path)), function, path)
+    elif name in RECIPES:
+        module, _, function = RECIPES[name].partition(":")
+        recipe = _function(importlib.import_module(module), function, module)
+    elif name.endswith(".py"):
+        raise ConfigError(f"{name} is a file; add the function that returns the run: {name}:NAME")
+    else:
+        hint = ". Your own recipe is path/to/recipe.py:function"
+        raise ConfigError(unknown("recipe", name, RECIPES) + hint)
+    config = recipe()
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"recipe {name} returned {type(config).__name__}; it must return RunConfig"
+        )
+    return config
+
+
+def describe() -> list[tuple[str, str]]:
+    """Name and first docstring line of each registered recipe, read from the source text."""
+    lines = []
+    for name, place in RECIPES.items():
+        module, _, function = place.partition(":")
+        spec = importlib.util.find_spec(module)
+        if spec is None or spec.origin is None:
+            continue
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        found = next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == function)
+        lines.append((name, (ast.get_docstring(found) or "").partition("\n")[0]))
+    return lines
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ConfigError(f"there is no recipe file {path}")
+    name = f"uml_recipe_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name when they resolve annotations.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _function(module: ModuleType, name: str, place: str) -> Callable[[], object]:
+    found = getattr(module, name, None)
+    if callable(found):
+        return found
+    functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    raise ConfigError(f"{place}: " + unknown("function", name, functions))
