@@ -47,18 +47,22 @@ class Design:
         if self.noise <= 0:
             raise ValueError(f"noise is {self.noise}; it must be positive")
 
+    def stacked(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N * M, K) and (N * M, P): the observations of all samples below each other."""
+        n, m, k = self.common.shape
+        return self.common.reshape(n * m, k), self.specific.reshape(n * m, self.specific.shape[2])
+
 
 def block_information(design: Design) -> np.ndarray:
     """(K, K) information about theta_c with the specific parameters known: the block (I_X)_cc."""
-    rows = design.common.reshape(-1, design.common.shape[2])
+    rows, _ = design.stacked()
     information: np.ndarray = rows.T @ rows / design.noise**2
     return information
 
 
 def schur_information(design: Design) -> np.ndarray:
-    """(K, K) information about theta_c with the specific parameters estimated (Schur complement)."""
-    common = design.common.reshape(-1, design.common.shape[2])
-    specific = design.specific.reshape(-1, design.specific.shape[2])
+    """(K, K) information about theta_c, the specific parameters estimated (Schur complement)."""
+    common, specific = design.stacked()
     left, values, _ = np.linalg.svd(specific, full_matrices=False)
     left = left[:, values > RANK_TOLERANCE * values.max(initial=0.0)]
     rest = common - left @ (left.T @ common)

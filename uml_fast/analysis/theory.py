@@ -302,8 +302,8 @@ def simulate_variance(
         raise ValueError(
             "X alone does not identify theta_c; its variance is infinite and cannot be simulated"
         )
-    matrices = [d.common.reshape(-1, d.common.shape[2]) / d.noise for d in (x, y)]
-    nuisance = [d.specific.reshape(-1, d.specific.shape[2]) / d.noise for d in (x, y)]
+    matrices = [d.stacked()[0] / d.noise for d in (x, y)]
+    nuisance = [d.stacked()[1] / d.noise for d in (x, y)]
     common = x.common.shape[2]
     theta_c = rng.standard_normal(common)
     observed, designs = [], []

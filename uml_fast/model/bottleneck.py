@@ -39,7 +39,7 @@ class BottleneckConfig(BackboneConfig):
 
 
 class Bottleneck(nn.Module):
-    """``z = W2 relu(W1 x)``, ``hidden = W4 relu(W3 z)``, all with bias, shared by all modalities."""
+    """``z = W2 relu(W1 x)`` and ``hidden = W4 relu(W3 z)``, with biases, for all modalities."""
 
     def __init__(self, config: BottleneckConfig) -> None:
         super().__init__()
