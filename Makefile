@@ -1,0 +1,86 @@
+# make demo | test | lint | bench | clean
+# Each sets up .venv first where it has to; a second call starts at once.
+#   PYTHON=python3.12   the interpreter .venv is made from
+#   UML_CUDA=AUTO|ON|OFF   the CUDA part: built where nvcc is found, required, left out
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+export UML_CUDA ?= AUTO
+TORCH := 2.13.0
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+
+BIN := $(CURDIR)/.venv/bin
+VENV := .venv/.made
+TORCH_INSTALLED := .venv/.torch-$(TORCH)
+CUDA_CHOICE := .venv/.uml-cuda
+INSTALLED := .venv/.installed
+CTEST := build/ctest
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name CMakeLists.txt)
+CXX_FILES := $(filter %.cpp %.h %.cu,$(NATIVE))
+export PATH := $(BIN):$(PATH)
+
+.PHONY: help demo test ctest lint bench clean force
+
+help:
+	@echo "make demo   train the two demonstration recipes and write their reports"
+	@echo "make test   C++ and Python tests"
+	@echo "make lint   ruff, clang-format, mypy"
+	@echo "make bench  speed of the training step, written to bench/results/"
+	@echo "make clean  remove what was built (.venv and runs/ stay)"
+
+demo: $(INSTALLED)
+	python -m uml_fast.train gaussian
+	python -m uml_fast.train
+	@echo "reports: runs/gaussian/report.html and runs/arithmetic/report.html"
+
+# One thread per worker: two workers with one thread each beat one worker with two.
+test: ctest
+	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8
+
+# The C++ tests are of csrc/core alone, so the CUDA part is left out of their build.
+ctest: $(INSTALLED)
+	cmake -S . -B $(CTEST) -G Ninja -DCMAKE_BUILD_TYPE=Release -DUML_TESTS=ON -DUML_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" >/dev/null
+	cmake --build $(CTEST)
+	ctest --test-dir $(CTEST) --output-on-failure
+
+lint: $(INSTALLED)
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CXX_FILES)
+	mypy uml_fast
+
+bench: $(INSTALLED)
+	python -m pytest bench/step.py
+
+clean:
+	rm -rf build dist .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache $(INSTALLED)
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(VENV):
+	$(PYTHON) -m venv .venv
+	touch $@
+
+# Without an NVIDIA GPU the CPU build is asked for by name: from the configured index or wheel
+# folder, then from PyTorch's own index; where neither has it (macOS, say), the plain build is it.
+$(TORCH_INSTALLED): $(VENV)
+	if command -v nvidia-smi >/dev/null; then \
+	  pip install "torch==$(TORCH)"; \
+	else \
+	  pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || pip install --retries 1 --timeout 20 --extra-index-url $(CPU_WHEELS) "torch==$(TORCH)+cpu" \
+	  || pip install "torch==$(TORCH)"; \
+	fi
+	touch $@
+
+# Rewritten only when UML_CUDA differs from the last time, so that a change of it builds again.
+$(CUDA_CHOICE): force | $(VENV)
+	@[[ "$$(cat $@ 2>/dev/null)" == "$(UML_CUDA)" ]] || echo "$(UML_CUDA)" > $@
+
+$(INSTALLED): $(TORCH_INSTALLED) $(CUDA_CHOICE) pyproject.toml CMakeLists.txt $(NATIVE)
+	pip install --editable ".[demo,test,bench,dev]"
+	touch $@
