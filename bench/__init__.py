@@ -1,0 +1,1 @@
+"""Measurements: baselines, benches per level, committed rows and their plots."""

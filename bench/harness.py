@@ -1,0 +1,121 @@
+"""How everything here is measured: rounds in turns, medians, rows that carry their conditions.
+
+Traps this file avoids:
+- A shared machine drifts by tens of percent within minutes, so providers take turns, one round
+  each, and the order
+  turns round every time; sequential blocks would measure the drift.
+- The first rounds pay for allocation, page faults and lazy initialisation; they are thrown away.
+- Means follow the worst neighbour on the machine; p20, p50 and p80 are reported.
+- A collection in the middle of a round costs milliseconds; the collector is off while a round runs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import itertools
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uml_fast.machine import machine_info
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+def machine_name() -> str:
+    """Short name of this machine, as used in file names."""
+    machine = machine_info()["machine"]
+    chip = re.sub(
+        r"\(.*?\)|\b(cpu|processor|nvidia)\b|@.*", " ", (machine["gpu"] or machine["cpu"]).lower()
+    )
+    features = [] if machine["gpu"] else machine["cpu_features"][-1:]
+    return re.sub(r"[^a-z0-9]+", "_", " ".join([chip, *features, f"{machine['cores']}c"])).strip(
+        "_"
+    )
+
+
+def measure(
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    rounds: Mapping[str, int],
+    warmup_rounds: int = 2,
+    synchronize: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each round of each provider, taken in turns.
+
+    Args:
+        steps: what one round of a provider does.
+        rounds: rounds of each provider; one with fewer takes its turns spread over the whole run.
+        warmup_rounds: rounds of each provider before the first that counts.
+        synchronize: waits until the device is idle.
+    """
+    for step in steps.values():
+        for _ in range(warmup_rounds):
+            step()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    turns = max(rounds.values())
+    for turn in range(turns):
+        names = list(steps) if turn % 2 == 0 else list(reversed(steps))
+        for name in names:
+            if (turn + 1) * rounds[name] // turns > turn * rounds[name] // turns:
+                seconds[name].append(_time(steps[name], synchronize))
+    return seconds
+
+
+def _time(step: Callable[[], object], synchronize: Callable[[], None]) -> float:
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        synchronize()
+        start = time.perf_counter()
+        step()
+        synchronize()
+        return time.perf_counter() - start
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def quantiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p20, p50 and p80 in milliseconds."""
+    p20, p50, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)) * 1000
+    return {"p20_ms": round(p20, 3), "p50_ms": round(p50, 3), "p80_ms": round(p80, 3)}
+
+
+class RecordedClock:
+    """A timer that replays durations, so that pytest-benchmark reports rounds taken in turns.
+
+    pytest-benchmark runs all rounds of one test before the next test, which the drift of a shared
+    machine turns into a difference between providers. So ``measure`` runs them, and each test hands
+    over its share.
+    """
+
+    __name__ = "recorded"
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._durations: itertools.chain[float] = itertools.chain()
+
+    def load(self, seconds: Sequence[float]) -> None:
+        """Replay these rounds next."""
+        self._durations = itertools.chain.from_iterable((0.0, s) for s in seconds)
+
+    def __call__(self) -> float:
+        self._now += next(self._durations)
+        return self._now
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows with machine, versions, commit and date as one JSON file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    content = {"name": machine_name(), **machine_info(), "date": date, "rows": list(rows)}
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,140 @@
+"""Rows to the README's table and plots.
+
+    python -m bench.plot               reads bench/results/{step,factors}_*.json, writes
+                                       docs/img/step.svg and the tables between the README's markers
+
+A table goes between ``<!-- bench:step -->`` and ``<!-- /bench:step -->``, the factors between
+``<!-- bench:factors -->`` and ``<!-- /bench:factors -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bench.harness import RESULTS, ROOT
+
+Content = dict[str, Any]
+"""One file of rows."""
+
+
+def load(kind: str) -> list[Content]:
+    """The row files of a bench, one per machine."""
+    return [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{kind}_*.json"))]
+
+
+def conditions(content: Content) -> str:
+    """One line with everything the numbers depend on."""
+    machine, row = content["machine"], content["rows"][0]
+    chip = machine["gpu"] or f"{machine['cpu']} ({', '.join(machine['cpu_features'])})"
+    commit = (content["commit"] or "unknown")[:10] + (" with changes" if content["dirty"] else "")
+    return (
+        f"{chip}, {machine['cores']} cores, {row['threads']} threads, "
+        f"torch {content['versions']['torch']}, dropout {row['dropout']}, median of interleaved "
+        f"rounds, load {row['load_before']} before, commit {commit}, {content['date'][:10]}; "
+        f"rows in bench/results."
+    )
+
+
+def by_width(content: Content) -> dict[int, list[dict[str, Any]]]:
+    """Rows per width, in their order."""
+    out: dict[int, list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        out.setdefault(row["d"], []).append(row)
+    return out
+
+
+def step_table(content: Content) -> str:
+    """Markdown: one line per width with both providers and their ratio."""
+    lines = [
+        "| d | batch | plain, valid tokens/s | uml_fast, valid tokens/s | times as fast | filled |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for width, rows in by_width(content).items():
+        plain, ours = (next(r for r in rows if r["provider"] == p) for p in ("plain", "uml_fast"))
+        ratio = ours["valid_tokens_per_s"] / plain["valid_tokens_per_s"]
+        lines.append(
+            f"| {width} | {ours['batch']} + {ours['batch']} | {plain['valid_tokens_per_s']:,.0f} "
+            f"({plain['dtype']}) | {ours['valid_tokens_per_s']:,.0f} ({ours['dtype']}) | "
+            f"{ratio:.1f} | {plain['fill_pct']:.0f} % / {ours['fill_pct']:.0f} % |"
+        )
+    return "\n".join([*lines, "", conditions(content)])
+
+
+def factors_table(content: Content) -> str:
+    """Markdown: one line per change with the factor it brought at each width."""
+    widths = by_width(content)
+    lines = [
+        "| change | " + " | ".join(f"d = {w}" for w in widths) + " |",
+        "|---|" + "---:|" * len(widths),
+    ]
+    for changes in zip(*widths.values(), strict=True):
+        name = changes[0]["variant"]
+        cells = [f"{r['valid_tokens_per_s']:,.0f} (x {r['factor']:.2f})" for r in changes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"Valid tokens/s (x the line above). {conditions(content)}"])
+
+
+def between_markers(text: str, name: str, content: str) -> str:
+    """The text with what stands between the markers of ``name`` replaced.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    pattern = re.compile(rf"(<!-- bench:{name} -->).*?(<!-- /bench:{name} -->)", re.DOTALL)
+    out, count = pattern.subn(lambda found: f"{found[1]}\n{content}\n{found[2]}", text)
+    if not count:
+        raise ValueError(f"no markers <!-- bench:{name} --> ... <!-- /bench:{name} --> in the text")
+    return out
+
+
+def plot_step(content: Content, path: Path) -> None:
+    """Bars of both providers per width, on a logarithmic axis, with the spread p20..p80."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    widths = by_width(content)
+    figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
+    for place, (provider, colour) in enumerate((("plain", "#9aa5b1"), ("uml_fast", "#1f6feb"))):
+        rows = [next(r for r in group if r["provider"] == provider) for group in widths.values()]
+        speed = [r["valid_tokens_per_s"] for r in rows]
+        at = [i + 0.38 * (place - 0.5) for i in range(len(rows))]
+        low = [s - r["valid_tokens"] / r["p80_ms"] * 1000 for s, r in zip(speed, rows, strict=True)]
+        high = [
+            r["valid_tokens"] / r["p20_ms"] * 1000 - s for s, r in zip(speed, rows, strict=True)
+        ]
+        bars = axes.bar(at, speed, 0.36, yerr=[low, high], capsize=3, color=colour, label=provider)
+        axes.bar_label(bars, [f"{s:,.0f}" for s in speed], padding=3, fontsize=8)
+    axes.set_yscale("log")
+    axes.margins(y=0.15)
+    axes.set_xticks(range(len(widths)), [f"d = {w}" for w in widths])
+    axes.set_ylabel("valid tokens per second")
+    axes.set_title(f"training step, MOSI's shape, {content['name']}", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # neither date nor random ids in the file, so that equal rows give an equal file
+    with plt.rc_context({"svg.hashsalt": "uml_fast"}):
+        figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    """Write the plot and the README's tables from the committed rows."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for kind, table in (("step", step_table), ("factors", factors_table)):
+        found = load(kind)
+        if found:
+            text = between_markers(text, kind, "\n\n".join(table(content) for content in found))
+    readme.write_text(text)
+    for content in load("step")[:1]:
+        plot_step(content, ROOT / "docs" / "img" / "step.svg")
+
+
+if __name__ == "__main__":
+    main()
