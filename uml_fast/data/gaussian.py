@@ -62,6 +62,8 @@ class GaussianConfig(DataConfig):
 
         A seed fixes the projections, the factors and the noise. The X samples of mode ``uml`` are
         the first half of those of mode ``unimodal``, and both modes share validation and test data.
+        The baseline is the best linear autoencoder of the same X samples: PCA with ``common``
+        components.
 
         Args:
             seed: any integer >= 0.
@@ -97,8 +99,19 @@ class GaussianConfig(DataConfig):
         else:
             y = observe("y", _TRAIN_Y, half, projection_y, full)
             train = (x.select(np.arange(half)), y)
+        test = observe("x", _TEST, self.held_out, projection_x, full)
         return Task(
             train=train,
             validation=observe("x", _VALIDATION, self.held_out, projection_x, full),
-            test=observe("x", _TEST, self.held_out, projection_x, full),
+            test=test,
+            baselines=(("PCA", pca_error(train[0].rows, test.rows, self.common)),),
         )
+
+
+def pca_error(train: np.ndarray, test: np.ndarray, components: int) -> float:
+    """Mean squared error of ``test`` (N, E) rebuilt from principal components of ``train``."""
+    mean = train.mean(0, dtype=np.float64)
+    _, vectors = np.linalg.eigh(np.cov((train - mean).T))
+    kept = vectors[:, -components:]
+    centred = test - mean
+    return float(np.square(centred - centred @ kept @ kept.T).mean())
