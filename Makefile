@@ -18,6 +18,7 @@ VENV := .venv/.made
 TORCH_INSTALLED := .venv/.torch-$(TORCH)
 CUDA_CHOICE := .venv/.uml-cuda
 INSTALLED := .venv/.installed
+TOOLS := .venv/.tools
 CTEST := build/ctest
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name CMakeLists.txt)
 CXX_FILES := $(filter %.cpp %.h %.cu,$(NATIVE))
@@ -42,19 +43,19 @@ test: ctest
 	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8
 
 # The C++ tests are of csrc/core alone, so the CUDA part is left out of their build.
-ctest: $(INSTALLED)
+ctest: $(INSTALLED) $(TOOLS)
 	cmake -S . -B $(CTEST) -G Ninja -DCMAKE_BUILD_TYPE=Release -DUML_TESTS=ON -DUML_CUDA=OFF \
 	  -DPython_EXECUTABLE=$(BIN)/python -Dpybind11_DIR="$$(python -m pybind11 --cmakedir)" >/dev/null
 	cmake --build $(CTEST)
 	ctest --test-dir $(CTEST) --output-on-failure
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) $(TOOLS)
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run -Werror $(CXX_FILES)
 	mypy uml_fast
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(TOOLS)
 	python -m pytest bench/step.py
 
 clean:
@@ -69,11 +70,12 @@ $(VENV):
 # folder, then from PyTorch's own index; where neither has it (macOS, say), the plain build is it.
 $(TORCH_INSTALLED): $(VENV)
 	if command -v nvidia-smi >/dev/null; then \
-	  pip install "torch==$(TORCH)"; \
+	  pip install --quiet "torch==$(TORCH)"; \
 	else \
 	  pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || pip install --retries 1 --timeout 20 --extra-index-url $(CPU_WHEELS) "torch==$(TORCH)+cpu" \
-	  || pip install "torch==$(TORCH)"; \
+	  || pip install --quiet --retries 1 --timeout 20 --extra-index-url $(CPU_WHEELS) \
+	    "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || pip install --quiet "torch==$(TORCH)"; \
 	fi
 	touch $@
 
@@ -82,5 +84,13 @@ $(CUDA_CHOICE): force | $(VENV)
 	@[[ "$$(cat $@ 2>/dev/null)" == "$(UML_CUDA)" ]] || echo "$(UML_CUDA)" > $@
 
 $(INSTALLED): $(TORCH_INSTALLED) $(CUDA_CHOICE) pyproject.toml CMakeLists.txt $(NATIVE)
-	pip install --editable ".[demo,test,bench,dev]"
+	pip install --quiet --editable ".[demo]"
+	touch $@
+
+# The tools' requirements are read back from the installed package, so that they build nothing again.
+$(TOOLS): pyproject.toml | $(INSTALLED)
+	python -c 'import importlib.metadata as m; \
+	  wanted = [r.split(";") for r in m.requires("uml-fast") if "extra" in r]; \
+	  print(*[name for name, extra in wanted if "dali" not in extra], sep="\n")' \
+	  | pip install --quiet -r /dev/stdin
 	touch $@
