@@ -1,15 +1,15 @@
-"""Counter-based randomness of dropout: the mask is a function of (key, row, column) and of nothing else.
+"""Counter-based randomness of dropout: the mask is a function of (key, row, column), of nothing else.
 
-A step has one 64-bit ``rng_key``; every place that drops (a *site*) derives its own key from it. Rows of a mask have
-``ceil(cols / 2)`` pairs of columns; pair ``q = row * ceil(cols / 2) + col // 2`` is hashed to 32 bits, whose low half
-decides the even column and whose high half the odd one:
+A step has one 64-bit ``rng_key``; every place that drops (a *site*) derives its own key from it. A row of
+a mask has ``ceil(cols / 2)`` pairs of columns and starts at pair ``q = row * ceil(cols / 2)``. Each pair is
+hashed to 32 bits, whose low half decides the even column and whose high half the odd one:
 
-    x = lo32(q) ^ lo32(key);  x = (x ^ x >> 16) * 0x7FEB352D
-    x = (x ^ x >> 15) ^ hi32(key) ^ hi32(q) * 0x9E3779B9;  x = x * 0x846CA68B;  hash = x ^ x >> 16
+    x = (lo32(q) + col // 2) ^ lo32(key);                x = (x ^ x >> 16) * 0x7FEB352D
+    x = x ^ x >> 15 ^ hi32(key) ^ hi32(q) * 0x9E3779B9;  x = x * 0x846CA68B;  hash = x ^ x >> 16
     keep iff lane >= round(p * 65536)
 
-``csrc/cpu/simd.h`` computes the same bits. So backward passes and resumed runs regenerate masks instead of saving
-them, and results do not depend on threads or on the device.
+``csrc/cpu/simd.h`` computes the same bits. So backward passes and resumed runs draw masks again instead of
+saving them, and results do not depend on threads or on the device.
 """
 
 from __future__ import annotations
@@ -43,14 +43,13 @@ def site_key(rng_key: Tensor, site: int) -> Tensor:
 
 
 def threshold(p: float) -> int:
-    """Lanes below this are dropped: round(p * 65536)."""
-    return round(p * LANES)
+    """Lanes below this are dropped: round(p * 65536), at most 65535."""
+    return min(round(p * LANES), LANES - 1)
 
 
 def keep_scale(p: float) -> float:
-    """Factor of kept elements, 1 / (1 - p') with p' the probability after rounding to lanes; 0 if all drop."""
-    kept = LANES - threshold(p)
-    return LANES / kept if kept else 0.0
+    """Factor of kept elements, 1 / (1 - p') with p' the probability after rounding to lanes."""
+    return LANES / (LANES - threshold(p))
 
 
 def keep_mask(rng_key: Tensor, site: int, row: Tensor, col: Tensor, cols: int, p: float) -> Tensor:
@@ -64,10 +63,10 @@ def keep_mask(rng_key: Tensor, site: int, row: Tensor, col: Tensor, cols: int, p
         p: probability of dropping.
     """
     key = site_key(rng_key, site)
-    pair = row * ((cols + 1) // 2) + col // 2
-    x = (pair & _LOW) ^ (key & _LOW)
+    first = row * ((cols + 1) // 2)
+    x = ((first + col // 2) & _LOW) ^ (key & _LOW)
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _LOW
-    high = ((pair >> 32) * 0x9E3779B9) & _LOW
+    high = ((first >> 32) * 0x9E3779B9) & _LOW
     x = x ^ (x >> 15) ^ _shift_right(key, 32) ^ high
     x = (x * 0x846CA68B) & _LOW
     x = x ^ (x >> 16)

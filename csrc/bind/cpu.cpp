@@ -1,0 +1,177 @@
+// The CPU kernels for Python: addresses and sizes in, nothing out. Callers (uml_fast/kernels) check
+// arguments and keep the tensors alive; every call releases the GIL.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+#include "cpu/parallel.h"
+
+namespace py = pybind11;
+
+namespace uml {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// `rng_key` is the address of the step's key; not read when threshold is 0.
+Dropout dropout_of(Address rng_key, int64_t site, uint32_t threshold) {
+  if (threshold == 0) return {};
+  const uint64_t key = site_key(*at<const uint64_t>(rng_key), site);
+  return {key, threshold, static_cast<float>(65536.0 / (65536.0 - threshold))};
+}
+
+AttentionShape attention_shape(Address offsets, int64_t segments, int64_t heads, int64_t head_dim,
+                               int64_t max_len, int64_t qkv_stride, bool is_causal, double scale,
+                               int dtype) {
+  return {at<const int32_t>(offsets),
+          segments,
+          heads,
+          head_dim,
+          max_len,
+          qkv_stride,
+          is_causal,
+          static_cast<float>(scale),
+          static_cast<DType>(dtype)};
+}
+
+}  // namespace
+}  // namespace uml
+
+void bind_cpu(py::module_& module) {
+  using namespace uml;
+  py::module_ m = module.def_submodule("cpu", "Kernels for this processor.");
+  const py::call_guard<py::gil_scoped_release> nogil;
+
+  m.def("instruction_set", [] { return kernels().name; });
+  m.def("use_instruction_set", [](const char* name) {
+    if (!use_kernels(name)) {
+      throw std::invalid_argument(std::string("no kernels for instruction set '") + name +
+                                  "' in this build or on this processor");
+    }
+  });
+  m.def("use_openmp", use_openmp, py::arg("gomp_parallel"));
+  m.def("offsets_are_valid", [](Address offsets, int64_t segments, int64_t rows, int64_t max_len) {
+    return offsets_are_valid(at<const int32_t>(offsets), segments, rows, max_len);
+  });
+
+  m.def(
+      "dropout",
+      [](int threads, int dtype, Address input, Address out, int64_t rows, int64_t cols,
+         Address rng_key, int64_t site, uint32_t threshold) {
+        kernels().dropout(threads, static_cast<DType>(dtype), at<const void>(input), at<void>(out),
+                          rows, cols, dropout_of(rng_key, site, threshold));
+      },
+      nogil);
+  m.def(
+      "activation_fwd",
+      [](int threads, int dtype, int activation, Address pre, Address bias, Address out,
+         int64_t rows, int64_t cols, Address rng_key, int64_t site, uint32_t threshold) {
+        kernels().activation_fwd(threads, static_cast<DType>(dtype),
+                                 static_cast<Activation>(activation), at<const void>(pre),
+                                 at<const float>(bias), at<void>(out), rows, cols,
+                                 dropout_of(rng_key, site, threshold));
+      },
+      nogil);
+  m.def(
+      "activation_bwd",
+      [](int threads, int dtype, int activation, Address saved, Address bias, Address grad,
+         Address bias_grad, int64_t rows, int64_t cols, Address rng_key, int64_t site,
+         uint32_t threshold) {
+        kernels().activation_bwd(threads, static_cast<DType>(dtype),
+                                 static_cast<Activation>(activation), at<const void>(saved),
+                                 at<const float>(bias), at<void>(grad), at<float>(bias_grad), rows,
+                                 cols, dropout_of(rng_key, site, threshold));
+      },
+      nogil);
+  m.def(
+      "column_sum",
+      [](int threads, int dtype, Address input, Address out, int64_t rows, int64_t cols) {
+        kernels().column_sum(threads, static_cast<DType>(dtype), at<const void>(input),
+                             at<float>(out), rows, cols);
+      },
+      nogil);
+  m.def(
+      "add_layer_norm_fwd",
+      [](int threads, int64_t rows, int64_t cols, int input_dtype, int residual_dtype,
+         Address input, Address residual, Address weight, Address bias, double eps, Address normed,
+         Address summed, Address mean, Address rstd, Address rng_key, int64_t site,
+         uint32_t threshold) {
+        const NormShape shape{rows, cols, static_cast<DType>(input_dtype),
+                              static_cast<DType>(residual_dtype)};
+        kernels().add_layer_norm_fwd(threads, shape, at<const void>(input),
+                                     at<const void>(residual), at<const float>(weight),
+                                     at<const float>(bias), static_cast<float>(eps),
+                                     at<void>(normed), at<void>(summed), at<float>(mean),
+                                     at<float>(rstd), dropout_of(rng_key, site, threshold));
+      },
+      nogil);
+  m.def(
+      "add_layer_norm_bwd",
+      [](int threads, int64_t rows, int64_t cols, int input_dtype, int residual_dtype,
+         Address grad_normed, Address grad_summed, Address input, Address residual, Address weight,
+         Address mean, Address rstd, Address grad_input, Address grad_residual, Address grad_weight,
+         Address grad_bias, Address rng_key, int64_t site, uint32_t threshold) {
+        const NormShape shape{rows, cols, static_cast<DType>(input_dtype),
+                              static_cast<DType>(residual_dtype)};
+        kernels().add_layer_norm_bwd(
+            threads, shape, at<const void>(grad_normed), at<const void>(grad_summed),
+            at<const void>(input), at<const void>(residual), at<const float>(weight),
+            at<const float>(mean), at<const float>(rstd), at<void>(grad_input),
+            at<void>(grad_residual), at<float>(grad_weight), at<float>(grad_bias),
+            dropout_of(rng_key, site, threshold));
+      },
+      nogil);
+  m.def(
+      "attention_fwd",
+      [](int threads, Address offsets, int64_t segments, int64_t heads, int64_t head_dim,
+         int64_t max_len, int64_t qkv_stride, bool is_causal, double scale, int dtype,
+         Address query, Address key, Address value, Address out, Address lse, Address rng_key,
+         int64_t site, uint32_t threshold) {
+        kernels().attention_fwd(threads,
+                                attention_shape(offsets, segments, heads, head_dim, max_len,
+                                                qkv_stride, is_causal, scale, dtype),
+                                at<const void>(query), at<const void>(key), at<const void>(value),
+                                at<void>(out), at<float>(lse),
+                                dropout_of(rng_key, site, threshold));
+      },
+      nogil);
+  m.def(
+      "attention_bwd",
+      [](int threads, Address offsets, int64_t segments, int64_t heads, int64_t head_dim,
+         int64_t max_len, int64_t qkv_stride, bool is_causal, double scale, int dtype,
+         Address grad_out, Address query, Address key, Address value, Address lse,
+         Address grad_query, Address grad_key, Address grad_value, int64_t grad_stride,
+         Address rng_key, int64_t site, uint32_t threshold) {
+        kernels().attention_bwd(threads,
+                                attention_shape(offsets, segments, heads, head_dim, max_len,
+                                                qkv_stride, is_causal, scale, dtype),
+                                at<const void>(grad_out), at<const void>(query),
+                                at<const void>(key), at<const void>(value), at<const float>(lse),
+                                at<void>(grad_query), at<void>(grad_key), at<void>(grad_value),
+                                grad_stride, dropout_of(rng_key, site, threshold));
+      },
+      nogil);
+  m.def(
+      "segment_mean_fwd",
+      [](int threads, int dtype, Address input, Address offsets, int64_t segments, int64_t cols,
+         Address out) {
+        kernels().segment_mean_fwd(threads, static_cast<DType>(dtype), at<const void>(input),
+                                   at<const int32_t>(offsets), segments, cols, at<void>(out));
+      },
+      nogil);
+  m.def(
+      "segment_mean_bwd",
+      [](int threads, int dtype, Address grad_out, Address offsets, int64_t segments, int64_t cols,
+         Address grad_input) {
+        kernels().segment_mean_bwd(threads, static_cast<DType>(dtype), at<const void>(grad_out),
+                                   at<const int32_t>(offsets), segments, cols,
+                                   at<void>(grad_input));
+      },
+      nogil);
+}

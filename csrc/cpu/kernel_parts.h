@@ -1,0 +1,34 @@
+// Entry points of the kernels compiled for one instruction set; see kernels.h for what they do.
+#pragma once
+
+#include "kernels.h"
+
+namespace uml::UML_ARCH {
+
+void dropout(int threads, DType, const void* input, void* out, int64_t rows, int64_t cols, Dropout);
+void activation_fwd(int threads, DType, Activation, const void* pre, const float* bias, void* out,
+                    int64_t rows, int64_t cols, Dropout);
+void activation_bwd(int threads, DType, Activation, const void* saved, const float* bias,
+                    void* grad, float* bias_grad, int64_t rows, int64_t cols, Dropout);
+void column_sum(int threads, DType, const void* input, float* out, int64_t rows, int64_t cols);
+void add_layer_norm_fwd(int threads, NormShape, const void* input, const void* residual,
+                        const float* weight, const float* bias, float eps, void* normed,
+                        void* summed, float* mean, float* rstd, Dropout);
+void add_layer_norm_bwd(int threads, NormShape, const void* grad_normed, const void* grad_summed,
+                        const void* input, const void* residual, const float* weight,
+                        const float* mean, const float* rstd, void* grad_input, void* grad_residual,
+                        float* grad_weight, float* grad_bias, Dropout);
+void attention_fwd(int threads, AttentionShape, const void* query, const void* key,
+                   const void* value, void* out, float* lse, Dropout);
+void attention_bwd(int threads, AttentionShape, const void* grad_out, const void* query,
+                   const void* key, const void* value, const float* lse, void* grad_query,
+                   void* grad_key, void* grad_value, int64_t grad_stride, Dropout);
+void segment_mean_fwd(int threads, DType, const void* input, const int32_t* offsets,
+                      int64_t segments, int64_t cols, void* out);
+void segment_mean_bwd(int threads, DType, const void* grad_out, const int32_t* offsets,
+                      int64_t segments, int64_t cols, void* grad_input);
+
+// out[c] = sum over chunks of partial[chunk][c], in chunk order.
+void sum_partials(int threads, const float* partial, int64_t chunks, int64_t cols, float* out);
+
+}  // namespace uml::UML_ARCH

@@ -1,0 +1,96 @@
+// The CPU kernels, one table of function pointers per instruction set. Raw pointers and sizes only.
+//
+// All matrices are row-major with contiguous last dimension; statistics, biases, norm weights and
+// their gradients are fp32; arithmetic is fp32. Every result is independent of the number of
+// threads. Callers check arguments.
+#pragma once
+
+#include <cstdint>
+
+namespace uml {
+
+enum class DType : int { f32 = 0, bf16 = 1 };
+enum class Activation : int { relu = 0, gelu = 1 };
+
+// Counter-based dropout of one site (uml_fast/kernels/rng.py). threshold 0: nothing drops.
+struct Dropout {
+  uint64_t key = 0;
+  uint32_t threshold = 0;
+  float scale = 1;
+};
+
+struct AttentionShape {
+  const int32_t* offsets;  // segments + 1
+  int64_t segments;
+  int64_t heads;
+  int64_t head_dim;
+  int64_t max_len;     // columns of the dropout mask
+  int64_t qkv_stride;  // elements between rows of query, key and value (and of their gradients)
+  bool is_causal;
+  float scale;
+  DType dtype;
+};
+
+struct NormShape {
+  int64_t rows;
+  int64_t cols;
+  DType input;     // input, normed and their gradients
+  DType residual;  // residual, summed and their gradients
+};
+
+struct Kernels {
+  const char* name;
+
+  // out = input * keep / (1 - p); out may be input.
+  void (*dropout)(int threads, DType, const void* input, void* out, int64_t rows, int64_t cols,
+                  Dropout);
+
+  // out = dropout(activation(pre + bias)); out may be pre.
+  void (*activation_fwd)(int threads, DType, Activation, const void* pre, const float* bias,
+                         void* out, int64_t rows, int64_t cols, Dropout);
+  // grad becomes the gradient of pre, bias_grad its column sums. saved: out for relu, pre for gelu.
+  void (*activation_bwd)(int threads, DType, Activation, const void* saved, const float* bias,
+                         void* grad, float* bias_grad, int64_t rows, int64_t cols, Dropout);
+
+  // out[c] = sum over rows of input.
+  void (*column_sum)(int threads, DType, const void* input, float* out, int64_t rows, int64_t cols);
+
+  // summed = residual + dropout(input) (may be null), normed = layer norm of it; mean and rstd per
+  // row.
+  void (*add_layer_norm_fwd)(int threads, NormShape, const void* input, const void* residual,
+                             const float* weight, const float* bias, float eps, void* normed,
+                             void* summed, float* mean, float* rstd, Dropout);
+  // grad_summed may be null.
+  void (*add_layer_norm_bwd)(int threads, NormShape, const void* grad_normed,
+                             const void* grad_summed, const void* input, const void* residual,
+                             const float* weight, const float* mean, const float* rstd,
+                             void* grad_input, void* grad_residual, float* grad_weight,
+                             float* grad_bias, Dropout);
+
+  // out (rows, heads, head_dim) contiguous; lse (rows, heads).
+  void (*attention_fwd)(int threads, AttentionShape, const void* query, const void* key,
+                        const void* value, void* out, float* lse, Dropout);
+  void (*attention_bwd)(int threads, AttentionShape, const void* grad_out, const void* query,
+                        const void* key, const void* value, const float* lse, void* grad_query,
+                        void* grad_key, void* grad_value, int64_t grad_stride, Dropout);
+
+  void (*segment_mean_fwd)(int threads, DType, const void* input, const int32_t* offsets,
+                           int64_t segments, int64_t cols, void* out);
+  void (*segment_mean_bwd)(int threads, DType, const void* grad_out, const int32_t* offsets,
+                           int64_t segments, int64_t cols, void* grad_input);
+};
+
+// The kernels in use: the widest this processor runs, unless use_kernels chose others.
+const Kernels& kernels();
+
+// Uses the kernels of the instruction set called `name` from now on; false if this build or
+// processor lacks them.
+bool use_kernels(const char* name);
+
+// True if offsets start at 0, never decrease, end at rows and no segment is longer than max_len.
+bool offsets_are_valid(const int32_t* offsets, int64_t segments, int64_t rows, int64_t max_len);
+
+// The key of a dropout site (splitmix64 of the step's key).
+uint64_t site_key(uint64_t rng_key, int64_t site);
+
+}  // namespace uml

@@ -1,0 +1,24 @@
+// The table of the kernels compiled for one instruction set.
+#include "kernel_parts.h"
+
+#define UML_TEXT_(x) #x
+#define UML_TEXT(x) UML_TEXT_(x)
+
+namespace uml::UML_ARCH {
+
+extern const Kernels kernel_table;
+const Kernels kernel_table = {
+    .name = UML_TEXT(UML_ARCH),
+    .dropout = dropout,
+    .activation_fwd = activation_fwd,
+    .activation_bwd = activation_bwd,
+    .column_sum = column_sum,
+    .add_layer_norm_fwd = add_layer_norm_fwd,
+    .add_layer_norm_bwd = add_layer_norm_bwd,
+    .attention_fwd = attention_fwd,
+    .attention_bwd = attention_bwd,
+    .segment_mean_fwd = segment_mean_fwd,
+    .segment_mean_bwd = segment_mean_bwd,
+};
+
+}  // namespace uml::UML_ARCH
