@@ -1,0 +1,81 @@
+#include "core/assemble.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace uml {
+namespace {
+
+constexpr size_t kAlign = 64;
+constexpr int32_t kPadding = -1;
+
+}  // namespace
+
+SlotMap make_slot_map(const LayoutRule& layout, std::span<const SourceSpec> sources) {
+  SlotMap map;
+  const auto place = [&map](size_t bytes) {
+    const Field field{map.bytes, bytes};
+    map.bytes += (bytes + kAlign - 1) / kAlign * kAlign;
+    return field;
+  };
+  size_t rows = 0;
+  size_t slots = 0;
+  for (const RegionRule& r : layout.regions) {
+    map.raw.push_back(place(static_cast<size_t>(r.rows) * sources[r.stream].row_bytes));
+    rows += static_cast<size_t>(r.rows);
+    slots += static_cast<size_t>(r.slots);
+  }
+  map.offsets = place((slots + 1) * sizeof(int32_t));
+  map.modality = place(slots * sizeof(int32_t));
+  map.label = place(slots * sizeof(int32_t));
+  map.sample = place(slots * sizeof(int64_t));
+  map.position = place(rows * sizeof(int32_t));
+  map.segment = place(rows * sizeof(int32_t));
+  return map;
+}
+
+void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const SourceSpec> sources,
+              const PackPlan& plan, std::byte* slot) {
+  auto* offsets = reinterpret_cast<int32_t*>(slot + map.offsets.offset);
+  auto* modality = reinterpret_cast<int32_t*>(slot + map.modality.offset);
+  auto* label = reinterpret_cast<int32_t*>(slot + map.label.offset);
+  auto* sample = reinterpret_cast<int64_t*>(slot + map.sample.offset);
+  auto* position = reinterpret_cast<int32_t*>(slot + map.position.offset);
+  auto* segment = reinterpret_cast<int32_t*>(slot + map.segment.offset);
+
+  int64_t row = 0;
+  int64_t s = 0;
+  const auto add_segment = [&](int64_t rows, int32_t m, int32_t y, int64_t i) {
+    offsets[s] = static_cast<int32_t>(row);
+    modality[s] = m;
+    label[s] = y;
+    sample[s] = i;
+    for (int64_t k = 0; k < rows; ++k) position[row + k] = static_cast<int32_t>(k);
+    std::fill_n(segment + row, rows, static_cast<int32_t>(s));
+    row += rows;
+    ++s;
+  };
+
+  int64_t end_slot = 0;
+  for (size_t m = 0; m < layout.regions.size(); ++m) {
+    const RegionRule& r = layout.regions[m];
+    const SourceSpec& source = sources[r.stream];
+    const int64_t end_row = row + r.rows;
+    end_slot += r.slots;
+    std::byte* raw = slot + map.raw[m].offset;
+    for (const int64_t i : plan.samples[m]) {
+      const int64_t rows = source.offsets[i + 1] - source.offsets[i];
+      const size_t bytes = static_cast<size_t>(rows) * source.row_bytes;
+      std::memcpy(raw, source.rows + static_cast<size_t>(source.offsets[i]) * source.row_bytes,
+                  bytes);
+      raw += bytes;
+      add_segment(rows, static_cast<int32_t>(m), source.labels[i], i);
+    }
+    std::memset(raw, 0, static_cast<size_t>(end_row - row) * source.row_bytes);
+    while (row < end_row) add_segment(std::min(r.max_len, end_row - row), kPadding, -1, -1);
+    while (s < end_slot) add_segment(0, kPadding, -1, -1);
+  }
+  offsets[s] = static_cast<int32_t>(row);
+}
+
+}  // namespace uml

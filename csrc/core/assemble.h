@@ -1,0 +1,41 @@
+// From a plan to a pack: copies raw rows into a slot and writes the arrays that describe them.
+// uml_fast/pack.py (PackedBatch, pack_samples) is the readable definition.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/planner.h"
+
+namespace uml {
+
+// All samples of one modality; the memory must outlive whoever holds this.
+struct SourceSpec {
+  const std::byte* rows = nullptr;  // offsets.back() rows of row_bytes each
+  size_t row_bytes = 0;
+  std::span<const int64_t> offsets;  // n + 1
+  std::span<const int32_t> labels;   // n
+};
+
+// A byte range of a slot.
+struct Field {
+  size_t offset = 0;
+  size_t bytes = 0;
+};
+
+// Where the arrays of a layout lie in a slot, each aligned to 64 bytes.
+struct SlotMap {
+  std::vector<Field> raw;  // per region
+  Field offsets, modality, label, sample, position, segment;
+  size_t bytes = 0;
+};
+
+SlotMap make_slot_map(const LayoutRule& layout, std::span<const SourceSpec> sources);
+
+// Writes the pack of `plan` to `slot`, every byte of every field. Allocates nothing.
+void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const SourceSpec> sources,
+              const PackPlan& plan, std::byte* slot);
+
+}  // namespace uml

@@ -1,0 +1,503 @@
+"""Which samples go into which pack: the readable definition of the planner that ``csrc/core/planner.cpp`` repeats.
+
+Both give the same plans, bit for bit; this one also runs where the extension is missing. All decisions are made
+on integers and IEEE doubles in a fixed order of operations.
+
+Order of a stream: epoch ``e`` visits samples by ``hash64(seed, stream, e, i)``, ties by ``i``. A window holds the
+next 64 of them. A region takes the oldest first, then the one or two of the window that bring it nearest to its
+target, and never a sample of the next epoch before the last of this one. So no sample is ever handed out twice
+more often than another.
+
+Ratio: the region with the coarsest samples sets the pace, ``quota`` rows a pack ahead of the modality furthest
+behind, and the others follow what it reached. So the totals stay proportional to the shares whatever the lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from uml_fast.config import ConfigError, MixConfig, require
+from uml_fast.pack import Layout, Region, padding_slots
+
+WINDOW = 64
+"""Samples of each stream that a pack can choose from."""
+SLACK = 0.01
+"""Rows of a region above its quota, so that a modality that fell behind can catch up."""
+ENOUGH_FILL = 0.97
+"""Valid rows per row of a layout above which a layout with more rows is preferred to a fuller one."""
+ROW_ALIGN = 8
+"""Regions are a multiple of this many rows, which keeps every slice of a pack aligned."""
+STATE_FORMAT = 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def mix64(z: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 on uint64 values: a bijection whose output bits look independent."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def hash64(seed: int, stream: int, epoch: int, index: np.ndarray) -> np.ndarray:
+    """uint64 hash of (seed, stream, epoch, index[i]): ``h = mix64(h + golden * (x + 1))`` over the four, from h = 0."""
+    h = np.zeros(1, np.uint64)
+    for x in (seed, stream, epoch):
+        h = mix64(h + np.uint64((_GOLDEN * (x + 1)) & _MASK))
+    return mix64(h + np.uint64(_GOLDEN) * (index.astype(np.uint64) + np.uint64(1)))
+
+
+def stream_key(name: str) -> int:
+    """FNV-1a of the name: a stream keeps its order when other streams join the run."""
+    h = 0xCBF29CE484222325
+    for byte in name.encode():
+        h = ((h ^ byte) * 0x100000001B3) & _MASK
+    return h
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Stream:
+    """What the planner knows of one modality: lengths, never contents.
+
+    Raises:
+        ConfigError: no samples, an empty sample, or a share that is not positive.
+    """
+
+    name: str
+    """Modality."""
+    lengths: np.ndarray
+    """int64 (n,) rows of each sample."""
+    share: float = 1.0
+    """Part in the token mix, relative to the other streams."""
+    is_target: bool = False
+    """Whether this is the modality that is evaluated; policy warmup divides the streams by it."""
+    row_elems: int = 1
+    """Elements of one raw row."""
+    dtype: str = "float32"
+    """numpy name of the raw element type."""
+
+    def __post_init__(self) -> None:
+        require(len(self.lengths) >= 1, f"{self.name} has no samples; give it data or take it out of the run")
+        require(int(self.lengths.min()) >= 1, f"{self.name} sample {self.lengths.argmin()} has no rows")
+        require(self.share > 0, f"{self.name}.share is {self.share}; it must be positive")
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest sample."""
+        return int(self.lengths.max())
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all samples have the same length."""
+        return int(self.lengths.min()) == self.longest
+
+    @property
+    def mean_length(self) -> int:
+        """Mean rows of a sample, rounded down."""
+        return int(self.lengths.sum()) // len(self.lengths)
+
+    def rows_for(self, quota: float) -> int:
+        """Rows of a region that takes ``quota`` rows a pack on average."""
+        if self.is_constant:
+            need = max(1, math.ceil(quota / self.longest - 1e-9)) * self.longest
+        else:
+            need = math.ceil(quota * (1 + SLACK) - 1e-9)
+        return -(-need // ROW_ALIGN) * ROW_ALIGN
+
+    def quota_of(self, rows: int) -> float:
+        """The largest quota a region of ``rows`` rows is for."""
+        if self.is_constant:
+            return float(rows // self.longest * self.longest)
+        return rows / (1 + SLACK)
+
+    def slots_for(self, rows: int) -> int:
+        """Segment slots for ``rows`` rows: the mean number of samples plus four standard deviations."""
+        mean = float(self.lengths.mean())
+        spread = math.sqrt(rows * float(self.lengths.var()) / mean**3)
+        most = -(-rows // int(self.lengths.min()))
+        return max(2, min(most, math.ceil(rows / mean + 4 * spread) + 2))
+
+
+def bucket(length: int) -> int:
+    """``length`` rounded up to a multiple of 8, with four buckets an octave above 64."""
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+def _layout(streams: Sequence[Stream], token_budget: int) -> Layout:
+    """The layout whose regions take rows in proportion to the shares and use the budget best."""
+
+    def rows_at(pace: float) -> list[int]:
+        return [s.rows_for(pace * s.share) for s in streams]
+
+    total_share = sum(s.share for s in streams)
+    low, high = 0.0, token_budget / total_share
+    for _ in range(64):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(rows_at(middle)) <= token_budget else (low, middle)
+    paces = [low] + [
+        s.longest * k / s.share
+        for s in streams
+        if s.is_constant
+        for k in range(1, int(low * s.share / s.longest) + 1)
+    ]
+    candidates = [(pace, rows_at(pace)) for pace in paces]
+    longest = [s.longest for s in streams]
+    fitting = [c for c in candidates if all(r >= n for r, n in zip(c[1], longest, strict=True))]
+    if not fitting or sum(fitting[0][1]) > token_budget:
+        s = max(streams, key=lambda s: s.longest / s.share)
+        least = max((s.longest if s.is_constant else s.quota_of(bucket(s.longest))) / s.share for s in streams)
+        raise ConfigError(
+            f"{s.name}: sample {int(s.lengths.argmax())} has {s.longest} rows, but this modality's part of "
+            f"mix.token_budget={token_budget} is {int(token_budget * s.share / total_share)} rows; "
+            f"set mix.token_budget to at least {sum(rows_at(least))} or raise {s.name}.share"
+        )
+    fills = [pace * total_share / sum(rows) for pace, rows in fitting]
+    enough = min(ENOUGH_FILL, max(fills))
+    _, rows = max(x for x, fill in zip(fitting, fills, strict=True) if fill >= enough)
+    return Layout(
+        tuple(
+            Region(
+                name=s.name, rows=r, slots=s.slots_for(r), row_elems=s.row_elems, dtype=s.dtype,
+                max_len=bucket(s.longest),
+            )
+            for s, r in zip(streams, rows, strict=True)
+        )
+    )  # fmt: skip
+
+
+def make_layouts(streams: Sequence[Stream], mix: MixConfig) -> tuple[Layout, ...]:
+    """The fixed shapes of a run's packs: one for ``joint``, one per stream for ``alternate``, two for ``warmup``.
+
+    The joint layout is always the last; with ``warmup`` the one of the first side alone comes before it.
+    A run of the target alone that shall see as many target rows per pack takes the rows of the target's region
+    of the joint layout as its ``token_budget``; it then gets a region of exactly that many rows.
+
+    Raises:
+        ConfigError: a sample is longer than its modality's part of the budget; says which budget would do.
+    """
+    if mix.policy == "alternate":
+        return tuple(_layout([s], mix.token_budget) for s in streams)
+    joint = _layout(streams, mix.token_budget)
+    first = _first_side(streams, mix)
+    return (_layout(first, mix.token_budget), joint) if first else (joint,)
+
+
+def _first_side(streams: Sequence[Stream], mix: MixConfig) -> list[Stream]:
+    """Streams that go first under ``warmup``; empty where the policy has nothing to separate."""
+    if mix.policy != "warmup":
+        return []
+    first = [s for s in streams if s.is_target == (mix.warmup_first == "target")]
+    return first if len(first) < len(streams) else []
+
+
+@dataclass(frozen=True, slots=True)
+class RegionRule:
+    """How the planner fills one region."""
+
+    stream: int
+    rows: int
+    slots: int
+    max_len: int
+    reserve: int
+    """Rows kept for the one or two samples that close the gap."""
+    close: int
+    """Gap in rows that is small enough for a single sample; pairs would use up the short ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutRule:
+    """How the planner fills one layout."""
+
+    regions: tuple[RegionRule, ...]
+    order: tuple[int, ...]
+    """Regions in the order they are filled: the one that sets the pace first."""
+    pace: float
+    """Rows per unit of share that a pack adds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Everything the planner needs beside the lengths; both implementations get the same values."""
+
+    policy: str
+    layouts: tuple[LayoutRule, ...]
+    first_side: tuple[int, ...]
+    warmup_epochs: float
+
+
+def make_rules(streams: Sequence[Stream], layouts: Sequence[Layout], mix: MixConfig) -> Rules:
+    """Derive the planner's rules, checking that every sample fits its regions.
+
+    Raises:
+        ConfigError: a region of an unknown modality, or too small for one of its samples.
+    """
+    names = [s.name for s in streams]
+    require(len(set(names)) == len(names), f"stream names are not unique: {names}")
+
+    def rule(layout: Layout) -> LayoutRule:
+        regions, paces, grain = [], [], []
+        for r in layout.regions:
+            require(r.name in names, f"the layout has a region for {r.name!r}, but there is no such stream in {names}")
+            s = streams[names.index(r.name)]
+            room = min(r.rows, r.max_len)
+            require(
+                s.longest <= room and r.slots >= 1 + padding_slots(r.rows - s.longest, r.max_len),
+                f"{r.name}: sample {int(s.lengths.argmax())} has {s.longest} rows; its region takes "
+                f"samples of up to {room} rows in {r.rows} rows and {r.slots} slots",
+            )
+            regions.append(RegionRule(names.index(r.name), r.rows, r.slots, r.max_len, 2 * s.mean_length, r.rows // 128))
+            paces.append(s.quota_of(r.rows) / s.share)
+            grain.append((s.longest if s.is_constant else s.mean_length / 4) / s.share)
+        order = sorted(range(len(regions)), key=lambda m: -grain[m])
+        return LayoutRule(tuple(regions), tuple(order), min(paces))
+
+    first = tuple(names.index(s.name) for s in _first_side(streams, mix))
+    count = {"joint": 1, "alternate": len(streams), "warmup": 2 if first else 1}[mix.policy]
+    require(len(layouts) == count, f"policy {mix.policy} takes {count} layouts, got {len(layouts)}")
+    return Rules(mix.policy, tuple(rule(x) for x in layouts), first, mix.warmup_epochs)
+
+
+@dataclass(frozen=True, slots=True)
+class PackPlan:
+    """The samples of one pack."""
+
+    layout: int
+    """Index of the layout."""
+    samples: tuple[np.ndarray, ...]
+    """Per region int64 sample indices in packed order."""
+
+
+class _Queue:
+    """The samples of one stream to come: a window of the next 64 in the order of their epochs."""
+
+    def __init__(self, stream: Stream, seed: int, rank: int, world: int) -> None:
+        self.stream, self.seed, self.rank, self.world = stream, seed, rank, world
+        self.key = stream_key(stream.name)
+        self.phase_rows = self.samples = self.rows = 0
+        self.seek(0, 0)
+        self.window: list[tuple[int, int]] = []
+        self.lengths: list[int] = []
+        self.refill()
+
+    def seek(self, epoch: int, cursor: int) -> None:
+        """Go to a position in the order of ``epoch``."""
+        n = len(self.stream.lengths)
+        order = np.argsort(hash64(self.seed, self.key, epoch, np.arange(n)), kind="stable")
+        self.epoch, self.cursor, self.order = epoch, cursor, order[self.rank :: self.world]
+
+    def refill(self) -> None:
+        """Fill the window up."""
+        while len(self.window) < WINDOW:
+            if self.cursor == len(self.order):
+                self.seek(self.epoch + 1, 0)
+            i = int(self.order[self.cursor])
+            self.window.append((self.epoch, i))
+            self.lengths.append(int(self.stream.lengths[i]))
+            self.cursor += 1
+
+    def take(self, position: int) -> int:
+        """Remove the sample at ``position`` of the window; its index."""
+        _, i = self.window.pop(position)
+        n = self.lengths.pop(position)
+        self.phase_rows += n
+        self.rows += n
+        self.samples += 1
+        self.refill()
+        return i
+
+    def group(self, rem: int, room: int, count: int, rule: RegionRule) -> tuple[int, ...]:
+        """Window positions of the one or two samples that leave the least of ``rem``; () where none helps."""
+        best, choice = abs(rem), ()  # type: tuple[int, tuple[int, ...]]
+        if best == 0:
+            return choice
+        epoch = self.window[0][0]
+        head = next((k for k, (e, _) in enumerate(self.window) if e != epoch), WINDOW)
+        lengths = np.array(self.lengths[:head], np.int64)
+
+        def cost(sums: np.ndarray, taken: int) -> np.ndarray:
+            rest = room - sums
+            ok = (rest >= 0) & (count + taken - (-rest // rule.max_len) <= rule.slots)
+            return np.where(ok, np.abs(rem - sums), best)
+
+        one = cost(lengths, 1)
+        if one.min() < best:
+            best, choice = int(one.min()), (int(one.argmin()),)
+            if best <= rule.close:
+                return choice
+        two = np.where(np.tri(head, dtype=bool), best, cost(lengths[:, None] + lengths, 2))
+        if two.min() < best:
+            i, j = divmod(int(two.argmin()), head)
+            choice = (i, j)
+        return choice
+
+    def fill(self, target: int, rule: RegionRule) -> list[int]:
+        """Take samples for one region so that their rows come nearest to ``target``."""
+        picks: list[int] = []
+        taken = 0
+        while True:
+            rem, room, n = target - taken, rule.rows - taken, self.lengths[0]
+            fits = n <= room and len(picks) + 1 + padding_slots(room - n, rule.max_len) <= rule.slots
+            if fits and (rem - n >= rule.reserve or (not picks and abs(rem - n) < abs(rem))):
+                chosen: tuple[int, ...] = (0,)
+            else:
+                chosen = self.group(rem, room, len(picks), rule)
+            if not chosen:
+                return picks
+            taken += sum(self.lengths[k] for k in chosen)
+            picks += [self.take(k - shift) for shift, k in enumerate(chosen)]
+
+
+class Planner:
+    """Plans pack after pack, for ever: a stream that ends starts its next epoch in another order.
+
+    ``rank`` of ``world`` takes every ``world``-th sample of the common order.
+
+    Raises:
+        ConfigError: a sample does not fit its region, or a stream has fewer samples than there are ranks.
+    """
+
+    def __init__(
+        self, streams: Sequence[Stream], layouts: Sequence[Layout], mix: MixConfig, seed: int,
+        rank: int = 0, world: int = 1,
+    ) -> None:  # fmt: skip
+        check_ranks(streams, rank, world)
+        self._rules = make_rules(streams, layouts, mix)
+        self._queues = [_Queue(s, seed, rank, world) for s in streams]
+        self._identity = (STATE_FORMAT, seed, rank, world)
+        self._packs, self._warm = 0, bool(self._rules.first_side)
+
+    def next(self) -> PackPlan:
+        """The next pack."""
+        if self._warm and self._first_side_done():
+            self._warm = False
+            for q in self._queues:
+                q.phase_rows = 0
+        index = self._layout_index()
+        rule = self._rules.layouts[index]
+        queues = [self._queues[r.stream] for r in rule.regions]
+        shares = [q.stream.share for q in queues]
+        reach = min(q.phase_rows / a for q, a in zip(queues, shares, strict=True))
+        samples: list[list[int]] = [[] for _ in queues]
+        while not any(samples):
+            reach += rule.pace
+            ahead = reach
+            for k, m in enumerate(rule.order):
+                target = math.floor(ahead * shares[m] + 0.5) - queues[m].phase_rows
+                samples[m] = queues[m].fill(target, rule.regions[m])
+                if k == 0:
+                    ahead = queues[m].phase_rows / shares[m]
+        self._packs += 1
+        return PackPlan(index, tuple(np.array(x, np.int64) for x in samples))
+
+    def _first_side_done(self) -> bool:
+        side = [self._queues[i] for i in self._rules.first_side]
+        return all(q.samples * q.world >= self._rules.warmup_epochs * len(q.stream.lengths) for q in side)
+
+    def _layout_index(self) -> int:
+        if self._rules.policy == "alternate":
+            behind = [q.phase_rows / q.stream.share for q in self._queues]
+            return behind.index(min(behind))
+        return 0 if self._warm else len(self._rules.layouts) - 1
+
+    def epochs(self) -> dict[str, float]:
+        """Passes over each stream so far, in epochs of all ranks together."""
+        return {q.stream.name: q.samples * q.world / len(q.stream.lengths) for q in self._queues}
+
+    def state_dict(self) -> dict[str, list[int]]:
+        """Where the planner is: plain integers, a few hundred per stream."""
+        state = [*self._identity, self._packs, int(self._warm), len(self._queues)]
+        for q in self._queues:
+            state += [*stream_identity(q.stream), q.epoch, q.cursor, q.phase_rows, q.samples, q.rows]
+            state += [x for entry in q.window for x in entry]
+        return {"planner": state}
+
+    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+        """Continue where ``state_dict`` was taken.
+
+        Raises:
+            ValueError: the state is of other data, another seed or another rank; the message says which.
+        """
+        streams = [q.stream for q in self._queues]
+        values = check_state(state, streams, self._identity)
+        at = len(self._identity)
+        self._packs, self._warm = values[at], bool(values[at + 1])
+        at += 3
+        for q in self._queues:
+            epoch, cursor, q.phase_rows, q.samples, q.rows = values[at + 3 : at + 8]
+            q.seek(epoch, cursor)
+            window = values[at + 8 : at + STREAM_STATE]
+            q.window = list(zip(window[::2], window[1::2], strict=True))
+            q.lengths = [int(q.stream.lengths[i]) for _, i in q.window]
+            at += STREAM_STATE
+
+
+STREAM_STATE = 8 + 2 * WINDOW
+"""Integers of one stream in a planner's state."""
+
+
+def check_ranks(streams: Sequence[Stream], rank: int, world: int) -> None:
+    """Raise ConfigError unless every rank gets samples of every stream."""
+    require(0 <= rank < world, f"rank {rank} is not one of {world} ranks")
+    for s in streams:
+        require(len(s.lengths) >= world, f"{s.name} has {len(s.lengths)} samples, fewer than the {world} ranks")
+
+
+def stream_identity(stream: Stream) -> tuple[int, int, int]:
+    """What tells a stream from another in a state: name, number of samples, number of rows."""
+    key = stream_key(stream.name)
+    return (key - (1 << 64) if key >> 63 else key, len(stream.lengths), int(stream.lengths.sum()))
+
+
+def check_state(
+    state: dict[str, list[int]], streams: Sequence[Stream], identity: tuple[int, int, int, int]
+) -> list[int]:
+    """The integers of a state after checking that they belong to this run.
+
+    Raises:
+        ValueError: they do not; the message says what differs.
+    """
+    values = [int(x) for x in state.get("planner", ())]
+    head = len(identity) + 3
+    if len(values) < head or values[0] != STATE_FORMAT:
+        raise ValueError("not a planner state of this version of uml_fast")
+    for what, saved, here in zip(("format", "seed", "rank", "world"), values, identity, strict=False):
+        if saved != here:
+            raise ValueError(f"the planner state was saved with {what} {saved}, this run has {here}")
+    if values[head - 1] != len(streams) or len(values) != head + len(streams) * STREAM_STATE:
+        raise ValueError(f"the planner state holds {values[head - 1]} streams, this run has {len(streams)}")
+    for k, s in enumerate(streams):
+        at = head + k * STREAM_STATE
+        if tuple(values[at : at + 3]) != stream_identity(s):
+            raise ValueError(
+                f"the planner state was saved with other data for {s.name}: {values[at + 1]} samples, "
+                f"{values[at + 2]} rows; this run has {len(s.lengths)} and {int(s.lengths.sum())}"
+            )
+    return values
+
+
+def sequential_plan(lengths: np.ndarray, region: Region) -> Iterator[np.ndarray]:
+    """Each sample once, in order, as many to a pack as fit; for evaluation.
+
+    Yields int64 sample indices of one pack after another; the last may be partly empty.
+
+    Raises:
+        ConfigError: a sample is longer than the region takes.
+    """
+    room = min(region.rows, region.max_len)
+    first = rows = 0
+    for i, n in enumerate(lengths.tolist()):
+        require(
+            n <= room and region.slots >= 1 + padding_slots(region.rows - n, region.max_len),
+            f"{region.name}: sample {i} has {n} rows; its region takes samples of up to {room} rows",
+        )
+        rest = region.rows - rows - n
+        if rest < 0 or i - first + 1 + padding_slots(rest, region.max_len) > region.slots:
+            yield np.arange(first, i)
+            first, rows = i, 0
+        rows += n
+    yield np.arange(first, len(lengths))
