@@ -1,0 +1,160 @@
+"""The comparison as a person reads it: units, sides, and the table in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+THROUGHPUT = (
+    ("tokens_per_s", "tokens a second", "unpadded rows trained on"),
+    ("samples_per_s", "samples a second", "of all modalities"),
+    ("mfu", "MFU, measured peak", "useful operations over this machine's matrix-product rate"),
+    ("mfu_datasheet", "MFU, datasheet", "the same over the maker's figure"),
+    ("stall_pct", "stall", "time the device waited for data"),
+    ("fill_pct", "fill", "rows of a pack that hold samples"),
+    ("recompiles", "recompiles", "after warm-up"),
+)
+"""Keys of a summary's throughput, with their label and meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How a metric is written: accuracies in per cent, errors as they are."""
+
+    name: str
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Errors fall, accuracies rise."""
+        return self.name == "error"
+
+    @property
+    def title(self) -> str:
+        """Name and unit for a person."""
+        names = {"head": "head accuracy in %", "probe": "linear-probe accuracy in %"}
+        return names.get(
+            self.name, f"{self.name}, lower is better" if self.lower_is_better else self.name
+        )
+
+    def text(self, value: float, sign: str = "") -> str:
+        """A value; ``sign`` ``+`` shows its sign."""
+        if self.lower_is_better:
+            return f"{value:{sign}.4g}"
+        return f"{100 * value:{sign}.1f}"
+
+    def interval(self, entry: Mapping[str, Any], sign: str = "") -> str:
+        """The row's interval, empty where there is none."""
+        low, high = entry.get("ci95_low"), entry.get("ci95_high")
+        return (
+            ""
+            if low is None or high is None
+            else f"{self.text(low, sign)}..{self.text(high, sign)}"
+        )
+
+    def side(self, entry: Mapping[str, Any]) -> str:
+        """better or worse where the interval of the difference excludes zero, else nothing."""
+        low, high = entry.get("ci95_low"), entry.get("ci95_high")
+        if low is None or high is None or low <= 0 <= high:
+            return ""
+        return "better" if (low > 0) != self.lower_is_better else "worse"
+
+    def is_better(self, a: float, b: float) -> bool:
+        """True where value ``a`` is better than ``b``."""
+        return a < b if self.lower_is_better else a > b
+
+
+def print_table(summary: Mapping[str, Any]) -> str:
+    """The comparison as plain text of at most 100 columns: a row a setting, baselines, verdicts."""
+    columns = ("unimodal", "UML", "difference", "95 % interval", "n")
+    rows: list[tuple[str, ...]] = []
+    for c in summary["comparison"]:
+        m = metric_of(summary, c)
+        rows.append((
+            setting(summary, c), m.text(c["unimodal_mean"]), m.text(c["uml_mean"]),
+            m.text(c["paired_diff_mean"], "+"), m.interval(c, "+"), str(c["n"]),
+        ))  # fmt: skip
+    for b in summary.get("baselines") or ():
+        m = metric_of(summary, b)
+        rows.append(
+            (f"{b['name']} (baseline)", m.text(b["mean"]), "", "", m.interval(b), str(b["n"]))
+        )
+    first = min(44, max([len(r[0]) for r in rows], default=0))
+    lines = [f"{summary['recipe']}: {summary['target']}, {metric_of(summary).title}", ""]
+    for name, *cells in ("", *columns), *rows:
+        line = f"{name[:first]:<{first}}"
+        for cell, width in zip(cells, (9, 9, 11, 20, 4), strict=True):
+            line += f"{cell:>{width}}"
+        lines.append(line.rstrip())
+    lines.append("")
+    if not summary["comparison"]:
+        lines.append("no comparison: a paired one needs both modes with the same seeds")
+    many = len(summary["comparison"]) > 1
+    lines += [f"{setting(summary, c)}: {c['verdict']}" if many else c["verdict"]
+              for c in summary["comparison"]]  # fmt: skip
+    lines += beaten_by(summary)
+    rates = [
+        f"{label} {rate(summary, key)}" for key, label, _ in THROUGHPUT if has_rate(summary, key)
+    ]
+    if rates:
+        lines += ["", *_wrapped(rates, 100)]
+    return "\n".join(lines)
+
+
+def metric_of(summary: Mapping[str, Any], entry: Mapping[str, Any] | None = None) -> Metric:
+    """Metric of a row of the summary, else that of the run."""
+    return Metric((entry or {}).get("metric") or summary.get("metric") or "head")
+
+
+def setting(summary: Mapping[str, Any], c: Mapping[str, Any]) -> str:
+    """Name of a row of the comparison: its shots, and its metric where it is not the run's."""
+    shots = c.get("shots")
+    parts = [] if shots is None else [f"{shots} shot{'s' if shots != 1 else ''}"]
+    if c.get("metric") not in (None, summary.get("metric")):
+        parts.append(str(c["metric"]))
+    return ", ".join(parts) or str(summary["target"])
+
+
+def beaten_by(summary: Mapping[str, Any]) -> list[str]:
+    """A sentence for each setting in which a simple baseline has a better mean than UML."""
+    out = []
+    for c in summary["comparison"]:
+        m = metric_of(summary, c)
+        fitting = [
+            b for b in summary.get("baselines") or ()
+            if metric_of(summary, b) == m and b.get("shots") in (None, c.get("shots"))
+        ]  # fmt: skip
+        for b in fitting:
+            if m.is_better(b["mean"], c["uml_mean"]):
+                where = "" if len(summary["comparison"]) == 1 else f"{setting(summary, c)}: "
+                out.append(
+                    f"{where}the baseline {b['name']} ({m.text(b['mean'])}) is better than UML "
+                    f"({m.text(c['uml_mean'])})"
+                )
+    return out
+
+
+def has_rate(summary: Mapping[str, Any], key: str) -> bool:
+    """True where the run measured this rate."""
+    return (summary.get("throughput") or {}).get(key) is not None
+
+
+def rate(summary: Mapping[str, Any], key: str) -> str:
+    """A rate as text."""
+    value = summary["throughput"][key]
+    if key.startswith("mfu"):
+        return f"{100 * value:.3g} %"
+    if key.endswith("_pct"):
+        return f"{value:.3g} %"
+    return f"{value:,.0f}"
+
+
+def _wrapped(parts: Sequence[str], width: int) -> list[str]:
+    lines = [""]
+    for part in parts:
+        joined = f"{lines[-1]}, {part}" if lines[-1] else part
+        if len(joined) > width:
+            lines.append(part)
+        else:
+            lines[-1] = joined
+    return lines
