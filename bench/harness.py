@@ -6,7 +6,7 @@ Traps this file avoids:
   turns round every time; sequential blocks would measure the drift.
 - The first rounds pay for allocation, page faults and lazy initialisation; they are thrown away.
 - Means follow the worst neighbour on the machine; p20, p50 and p80 are reported.
-- A collection in the middle of a round costs milliseconds; the collector is off while a round runs.
+- A collection in the middle of a round costs milliseconds; the collector is off meanwhile.
 """
 
 from __future__ import annotations
@@ -61,27 +61,23 @@ def measure(
             step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     turns = max(rounds.values())
-    for turn in range(turns):
-        names = list(steps) if turn % 2 == 0 else list(reversed(steps))
-        for name in names:
-            if (turn + 1) * rounds[name] // turns > turn * rounds[name] // turns:
-                seconds[name].append(_time(steps[name], synchronize))
-    return seconds
-
-
-def _time(step: Callable[[], object], synchronize: Callable[[], None]) -> float:
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        return time.perf_counter() - start
+        for turn in range(turns):
+            for name in list(steps) if turn % 2 == 0 else list(reversed(steps)):
+                if (turn + 1) * rounds[name] // turns == turn * rounds[name] // turns:
+                    continue
+                synchronize()
+                start = time.perf_counter()
+                steps[name]()
+                synchronize()
+                seconds[name].append(time.perf_counter() - start)
     finally:
         if was_enabled:
             gc.enable()
+    return seconds
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:

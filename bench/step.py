@@ -48,9 +48,12 @@ class UmlFastStep:
         dropout: float,
         precision: Literal["auto", "bf16", "fp32"] = "auto",
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
         torch.manual_seed(seed)
-        config = dataclasses.replace(mosi(shape.width, shape.batch, dropout), precision=precision)
+        config = dataclasses.replace(
+            mosi(shape.width, shape.batch, dropout), precision=precision, compile=compile
+        )
         self.dtype = resolve_dtype(precision, torch.device("cpu"))
         self.model = Uml(config, self.dtype)
         self.train_step = TrainStep(self.model, config, seed)
