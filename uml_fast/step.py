@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from uml_fast.config import RunConfig
-from uml_fast.kernels.rng import signed64
 from uml_fast.model.uml import Uml
 from uml_fast.objective import losses, total
 from uml_fast.optim import build_optimizer, learning_rate
 from uml_fast.pack import PackedBatch
-from uml_fast.schedule import hash64
+from uml_fast.schedule import hash64, stream_key
 
-_DROPOUT = 1 << 32
-"""Stream number of dropout in ``hash64``; the sample orders have small ones."""
+_DROPOUT = stream_key("dropout masks")
+"""Stream of dropout in ``hash64``; no modality has this name, which is not an identifier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class TrainStep:
 
     def __call__(self, batch: PackedBatch, step: int) -> StepResult:
         """Train on one pack. ``step`` counts from 0 and fixes learning rate and dropout masks."""
-        self.rng_key.fill_(signed64(hash64(self.seed, _DROPOUT, 0, step)))
+        self.rng_key.fill_(int(hash64(self.seed, _DROPOUT, 0, np.array([step]))[0] >> 1))
         parts = self._losses(self.model, batch, self.config, self.rng_key)
         loss = total(parts, self.config)
         loss.backward()

@@ -106,3 +106,7 @@ class Task:
     """Name of each class."""
     baselines: tuple[tuple[str, float], ...] = ()
     """Strong simple methods on the same target data: (name, value of the run's metric)."""
+
+    def source(self, name: str) -> Source:
+        """The training samples of one modality."""
+        return next(s for s in self.train if s.name == name)

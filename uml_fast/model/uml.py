@@ -38,14 +38,16 @@ class Uml(nn.Module):
         """Build with freshly drawn fp32 weights; ``dtype`` is that of the matrix products."""
         super().__init__()
         self.dtype = dtype
-        self.backbone = config.backbone.build()
         decode = config.objective.kind == "next_embedding"
-        names = tuple(m.name for m in config.modalities)
-        self.modalities: nn.ModuleDict = nn.ModuleDict(
-            {m.name: m.build(config.backbone.width, self.backbone.output_width, decode) for m in config.modalities}
-        )
-        width = self.backbone.embedding_width
-        self.head = None if decode else SharedHead(config.objective, width, names)
+        # the parts that every mode has are drawn first, so that the trials of a seed share them
+        self.backbone = config.backbone.build()
+        self.modalities = nn.ModuleDict()
+        self.head: SharedHead | None = None
+        for m in sorted(config.modalities, key=lambda m: m.name != config.target):
+            self.modalities[m.name] = m.build(config.backbone.width, self.backbone.output_width, decode)
+            if m.name == config.target and not decode:
+                names = tuple(m.name for m in config.modalities)
+                self.head = SharedHead(config.objective, self.backbone.embedding_width, names)
 
     def modality(self, name: str) -> Modality:
         """The stem and decoder of one modality."""

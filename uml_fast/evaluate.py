@@ -1,0 +1,96 @@
+"""Measure the models of a run folder again: ``python -m uml_fast.evaluate RUN``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from uml_fast import checkpoint
+from uml_fast.analysis.probe import knn
+from uml_fast.checkpoint import CheckpointError
+from uml_fast.cli import run_main
+from uml_fast.config import RunConfig
+from uml_fast.data.source import Task
+from uml_fast.device import resolve_device
+from uml_fast.measure import embed, labelled, measure
+from uml_fast.model.uml import Uml
+from uml_fast.report import print_table
+from uml_fast.run import read_config
+from uml_fast.summary import compare
+from uml_fast.trial import build_model
+
+
+def finished_trials(folder: Path) -> list[tuple[str, int]]:
+    """(mode, seed) of every trial of the run that has a result, in the order they were trained.
+
+    Raises:
+        CheckpointError: none has.
+    """
+    names = [p.parent.name.rsplit("-", 1) for p in (folder / "trials").glob("*/result.json")]
+    if not names:
+        raise CheckpointError(f"{folder} has no finished trial; train it to the end first")
+    order = read_config(folder).modes
+    return sorted(((mode, int(seed)) for mode, seed in names), key=lambda t: (t[1], order.index(t[0])))
+
+
+def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task]:
+    """The trained model of one trial, with the mode's configuration and data.
+
+    Raises:
+        RunFolderError: the folder holds no run.
+        CheckpointError: the trial has no whole checkpoint.
+    """
+    config = read_config(folder).for_mode(mode)
+    place = folder / "trials" / f"{mode}-{seed}" / "checkpoints"
+    saved = checkpoint.load_latest(place)
+    if saved is None:
+        raise CheckpointError(f"{place} holds no checkpoint; trials there are: {finished_trials(folder)}")
+    task = config.data.load(seed, mode)
+    model = build_model(config, task, seed)
+    prefix = "best/" if any(k.startswith("best/") for k in saved.tensors) else "model/"
+    weights = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
+    model.load_state_dict(weights)
+    return model.to(resolve_device(config.device)).eval(), config, task
+
+
+def evaluate(folder: Path) -> Iterator[dict[str, Any]]:
+    """For every finished trial: probe, head and error on the test samples, and 5-nearest-neighbour accuracy."""
+    for mode, seed in finished_trials(folder):
+        model, config, task = load_model(folder, mode, seed)
+        train, test = task.source(config.target), task.test
+        numbers = asdict(measure(model, config, task, train, test))
+        if (test.labels >= 0).any():
+            train, test = labelled(train), labelled(test)
+            k = min(5, len(train))
+            numbers["knn"] = knn(embed(model, train), train.labels, embed(model, test), test.labels, k=k)
+        yield {"mode": mode, "seed": seed, "shots": None} | numbers
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``python -m uml_fast.evaluate``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m uml_fast.evaluate", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    args = parser.parse_args(argv)
+    config = read_config(args.run)
+    results = list(evaluate(args.run))
+    comparison = compare(config, results)
+    if args.json:
+        print(json.dumps({"results": results, "comparison": comparison}, indent=1))
+        return 0
+    columns = [name for name in ("probe", "knn", "head", "error") if any(r.get(name) is not None for r in results)]
+    print("".join(f"{c:>10}" for c in ("mode", "seed", *columns)))
+    for r in results:
+        cells = "".join(f"{r[c]:10.4f}" if r.get(c) is not None else f"{'-':>10}" for c in columns)
+        print(f"{r['mode']:>10}{r['seed']:>10}{cells}")
+    print(print_table({"recipe": config.recipe, "target": config.target, "metric": config.metric,
+                       "results": results, "comparison": comparison, "baselines": []}))  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,79 @@
+"""Write the target model of a run as a plain file: ``python -m uml_fast.export RUN --to safetensors``.
+
+The file holds the target's stem, the shared backbone and the head, nothing of the other modalities; docs/export.md
+loads it in 20 lines without uml_fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from uml_fast.cli import run_main
+from uml_fast.config import ConfigError
+from uml_fast.evaluate import finished_trials, load_model
+from uml_fast.log import RunFolderError
+from uml_fast.model.uml import Uml
+from uml_fast.run import to_json
+
+
+def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:
+    """Weights by plain names: ``stem.*``, ``position``, ``mean``, ``deviation``, ``backbone.*``, ``head.*``."""
+    own = f"modalities.{target}."
+    out = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(own) or not name.startswith("modalities."):
+            is_foreign = name.startswith(("head.project.", "head.scale.")) and name.split(".")[2] != target
+            if not is_foreign:
+                out[name.removeprefix(own)] = tensor.detach().cpu().contiguous()
+    return out
+
+
+def export(folder: Path, mode: str, seed: int | None, out: Path | None) -> Path:
+    """Write ``<target>.safetensors`` with the configuration as JSON in its metadata; returns its path.
+
+    Raises:
+        RunFolderError: the folder holds no run, or the file cannot be written.
+        ConfigError: there is no finished trial of that mode and seed.
+    """
+    from safetensors.torch import save_file
+
+    trials = [t for t in finished_trials(folder) if t[0] == mode and seed in (None, t[1])]
+    if not trials:
+        raise ConfigError(f"no finished trial {mode} seed {seed}; there are: {finished_trials(folder)}")
+    chosen = trials[0][1]
+    model, config, task = load_model(folder, mode, chosen)
+    path = out or folder / f"{config.target}.safetensors"
+    metadata = {
+        "format": "pt",
+        "stem": json.dumps(to_json(config.modality(config.target))),
+        "backbone": json.dumps(to_json(config.backbone)),
+        "objective": json.dumps(to_json(config.objective)),
+        "classes": json.dumps(task.class_names),
+        "trial": json.dumps({"recipe": config.recipe, "mode": mode, "seed": chosen}),
+    }
+    try:
+        save_file(target_tensors(model, config.target), path, metadata)
+    except OSError as e:
+        raise RunFolderError(f"cannot write {path}: {e}") from e
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``python -m uml_fast.export``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m uml_fast.export", description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="format")
+    parser.add_argument("--mode", default="uml", help="uml (default) or unimodal")
+    parser.add_argument("--seed", type=int, help="seed of the trial; default: the first that is finished")
+    parser.add_argument("--out", type=Path, help="file to write; default: RUN/<target>.safetensors")
+    args = parser.parse_args(argv)
+    print(export(args.run, args.mode, args.seed, args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,79 @@
+"""Throughput of a trial between two log lines: rows and samples per second, MFU, stall and fill."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from uml_fast.config import RunConfig
+from uml_fast.data.loader import Loader
+from uml_fast.data.source import Source
+from uml_fast.device import resolve_dtype
+from uml_fast.flops import datasheet_peak, linear_flops, measured_peak, training_flops, transformer_flops
+from uml_fast.model.transformer import TransformerConfig
+from uml_fast.model.uml import Uml
+
+
+def flops_per_row(model: Uml, config: RunConfig, source: Source) -> float:
+    """Useful operations of forward and backward per row of a modality, averaged over its samples.
+
+    Only matrix products of the model count (``uml_fast.flops``): stem, backbone and decoder.
+    """
+    rows = len(source.rows)
+    modality = model.modality(source.name)
+    stem = 0
+    if isinstance(modality.stem, torch.nn.Linear):
+        stem = linear_flops(rows, modality.stem.in_features, modality.stem.out_features)
+    forward = stem
+    if isinstance(config.backbone, TransformerConfig):
+        b = config.backbone
+        forward += transformer_flops(b.width, b.layers, b.feed_forward, source.lengths, causal=b.causal)
+        if b.input_projection:
+            forward += linear_flops(rows, b.width, b.width)
+    else:
+        weights = [m for m in model.backbone.modules() if isinstance(m, torch.nn.Linear)]
+        forward += sum(linear_flops(rows, m.in_features, m.out_features) for m in weights)
+    if modality.decoder is not None:
+        forward += linear_flops(rows, modality.decoder.in_features, modality.decoder.out_features)
+    return training_flops(forward, first_layer=stem) / rows
+
+
+class Meter:
+    """Reads the loader's counters and the clock; ``lap`` gives the rates since the last lap."""
+
+    def __init__(
+        self, model: Uml, config: RunConfig, sources: tuple[Source, ...], loader: Loader, device: torch.device
+    ) -> None:
+        self.loader = loader
+        self.flops = {s.name: flops_per_row(model, config, s) for s in sources}
+        dtype = resolve_dtype(config.precision, device)
+        self.peak = measured_peak(device, dtype)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.datasheet = datasheet_peak(name, dtype)
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a lap now."""
+        self.started = time.perf_counter()
+        self.before = self.loader.stats()
+
+    def lap(self) -> dict[str, float]:
+        """Rates since the last lap; begins the next one."""
+        now, stats, before = time.perf_counter(), self.loader.stats(), self.before
+        seconds = now - self.started
+        rows = {name: stats.rows[name] - before.rows[name] for name in stats.rows}
+        samples = sum(stats.samples.values()) - sum(before.samples.values())
+        useful = sum(self.flops[name] * n for name, n in rows.items()) / seconds
+        capacity = stats.capacity - before.capacity
+        out = {
+            "tokens_per_s": sum(rows.values()) / seconds,
+            "samples_per_s": samples / seconds,
+            "mfu": useful / self.peak,
+            "stall_pct": 100 * (stats.stall_s - before.stall_s) / seconds,
+            "fill_pct": 100 * sum(rows.values()) / max(1, capacity),
+        }
+        if self.datasheet:
+            out["mfu_datasheet"] = useful / self.datasheet
+        self.started, self.before = now, stats
+        return out

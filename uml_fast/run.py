@@ -1,0 +1,139 @@
+"""The run folder: what was asked for (run.json), and the safe way to start, continue or set aside a run.
+
+A folder holds run.json, metrics.jsonl, trials/<mode>-<seed>/{checkpoints/, result.json}, summary.json,
+samples.json, report.html and TensorBoard events.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from uml_fast.config import ConfigError, RunConfig
+from uml_fast.log import RunFolderError
+from uml_fast.machine import machine_info
+
+logger = logging.getLogger("uml_fast")
+
+_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint")
+"""Fields in which a continued run may differ from the one in its folder: they do not change a trial."""
+
+
+def to_json(value: Any) -> Any:
+    """A configuration as JSON; every dataclass carries its name under ``class``."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"class": f"{type(value).__module__}:{type(value).__qualname__}"} | fields
+    if isinstance(value, tuple):
+        return [to_json(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(value: Any) -> Any:
+    """Inverse of ``to_json``.
+
+    Raises:
+        ConfigError: a class is not a configuration of this version.
+    """
+    if isinstance(value, list):
+        return tuple(from_json(v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    module, _, name = value["class"].partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+        assert dataclasses.is_dataclass(kind)
+        known = {f.name for f in dataclasses.fields(kind)}
+        fields = {k: from_json(v) for k, v in value.items() if k != "class"}
+        if "out" in known and fields["out"] is not None:
+            fields["out"] = Path(fields["out"])
+        return kind(**fields)
+    except (ImportError, AttributeError, AssertionError, TypeError, KeyError) as e:
+        raise ConfigError(f"run.json names {value['class']!r}, which this version cannot build: {e}") from e
+
+
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of the run in ``folder``.
+
+    Raises:
+        RunFolderError: there is no readable run.
+    """
+    path = folder / "run.json"
+    try:
+        config = from_json(json.loads(path.read_text())["config"])
+    except FileNotFoundError:
+        raise RunFolderError(f"{folder} holds no run (no run.json); train one with --out {folder}") from None
+    except (OSError, json.JSONDecodeError, KeyError) as e:
+        raise RunFolderError(f"cannot read {path}: {e}") from e
+    if not isinstance(config, RunConfig):
+        raise RunFolderError(f"{path} holds no run configuration")
+    return config
+
+
+def open_run(config: RunConfig) -> Path:
+    """Make or continue the run folder; returns its path.
+
+    ``resume`` auto continues the run in the folder if there is one, never sets it aside under a dated name,
+    and a path continues the run there.
+
+    Raises:
+        RunFolderError: the folder cannot be written.
+        ConfigError: the folder holds a run that was configured otherwise; the message names the fields.
+    """
+    folder = config.out or Path("runs") / Path(config.recipe.split(":")[0]).stem
+    if config.resume not in ("auto", "never"):
+        folder = Path(config.resume)
+        read_config(folder)
+    if config.resume == "never" and (folder / "run.json").exists():
+        aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+        logger.info("the run that was in %s is now in %s", folder, aside)
+    if (folder / "run.json").exists():
+        _check_same(folder, read_config(folder), config)
+    info = {"config": to_json(config), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | machine_info()
+    write_json(folder / "run.json", info)
+    return folder
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file so that it is either the old one or the whole new one.
+
+    Raises:
+        RunFolderError: the folder cannot be written or is full.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.replace(path)
+    except OSError as e:
+        raise RunFolderError(f"cannot write {path}: {e.strerror or e}; free space or choose another --out") from e
+
+
+def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
+    a, b = _flat(to_json(before)), _flat(to_json(now))
+    changed = sorted(
+        name for name in a.keys() | b.keys()
+        if a.get(name) != b.get(name) and name.split(".")[0] not in _MAY_CHANGE
+    )  # fmt: skip
+    if changed:
+        shown = ", ".join(f"{n} ({a.get(n)} -> {b.get(n)})" for n in changed[:5])
+        raise ConfigError(
+            f"{folder} holds a run with another configuration: {shown}. Use --resume never to set it aside, "
+            "or another --out"
+        )
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {name: value}
+    out: dict[str, Any] = {}
+    for key, v in items:
+        out |= _flat(v, f"{name}.{key}" if name else str(key))
+    return out

@@ -1,0 +1,103 @@
+"""From trials to a verdict: the comparison of modes over paired seeds, and what the report shows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uml_fast.analysis.statistics import mean_interval, paired_comparison
+from uml_fast.config import RunConfig
+from uml_fast.data.source import Task
+from uml_fast.log import read_metrics
+from uml_fast.machine import machine_info
+from uml_fast.model.uml import Uml
+
+_RATES = ("tokens_per_s", "samples_per_s", "mfu", "mfu_datasheet", "stall_pct", "fill_pct")
+
+
+def summarise(
+    config: RunConfig, results: Sequence[dict[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """The content of summary.json (docs/run-folder.md)."""
+    info = machine_info()
+    out: dict[str, Any] = {
+        "recipe": config.recipe, "target": config.target, "metric": config.metric,
+        "machine": info["machine"], "versions": info["versions"], "commit": info["commit"],
+        "results": [{k: v for k, v in r.items() if k != "baselines"} for r in results],
+        "comparison": compare(config, results),
+        "baselines": baselines(config, results),
+        "throughput": throughput(folder),
+    }  # fmt: skip
+    return out
+
+
+def compare(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """UML against unimodal over the seeds that have both, on the run's metric; empty where one is missing."""
+    by_mode: dict[str, dict[int, float]] = defaultdict(dict)
+    for r in results:
+        if r[config.metric] is not None:
+            by_mode[r["mode"]][r["seed"]] = r[config.metric]
+    seeds = sorted(by_mode["unimodal"].keys() & by_mode["uml"].keys())
+    if not seeds:
+        return []
+    c = paired_comparison(
+        [by_mode["unimodal"][s] for s in seeds],
+        [by_mode["uml"][s] for s in seeds],
+        lower_is_better=config.metric == "error",
+    )
+    return [
+        {
+            "shots": None, "metric": config.metric, "unimodal_mean": c.unimodal_mean, "uml_mean": c.uml_mean,
+            "paired_diff_mean": c.paired_diff_mean, "ci95_low": c.ci95_low, "ci95_high": c.ci95_high,
+            "n": c.n, "verdict": c.verdict,
+        }
+    ]  # fmt: skip
+
+
+def baselines(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The simple methods' means over seeds, on the target data that the first mode trained on."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for r in results:
+        if r["mode"] == config.modes[0]:
+            for name, value in r["baselines"].items():
+                values[name].append(value)
+    out = []
+    for name, over_seeds in values.items():
+        i = mean_interval(over_seeds)
+        out.append({"name": name, "mean": i.mean, "ci95_low": i.ci95_low, "ci95_high": i.ci95_high, "n": i.n})
+    return out
+
+
+def throughput(folder: Path) -> dict[str, Any]:
+    """Medians of the UML trials' logged rates, the first lap of each left out (it pays for warming up)."""
+    laps: dict[str, list[float]] = defaultdict(list)
+    recompiles, seen = 0, set()
+    for record in read_metrics(folder):
+        trial = (record["mode"], record["seed"])
+        recompiles = max(recompiles, record.get("recompiles", 0))
+        if record["mode"] != "uml" or "tokens_per_s" not in record:
+            continue
+        if trial in seen:
+            for name in _RATES:
+                if name in record:
+                    laps[name].append(record[name])
+        seen.add(trial)
+    rates: dict[str, Any] = {name: float(np.median(v)) if (v := laps.get(name)) else None for name in _RATES}
+    return rates | {"recompiles": recompiles}
+
+
+def describe_samples(model: Uml, task: Task, count: int = 4) -> list[dict[str, Any]]:
+    """Some samples of each modality as a person sees them (samples.json)."""
+    out = []
+    for source in task.train:
+        for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
+            label = int(source.labels[i])
+            name = task.class_names[label] if 0 <= label < len(task.class_names) else ""
+            caption = " -> ".join(x for x in (source.key(i) if source.keys else "", name) if x)
+            seen = model.modality(source.name).describe(source.sample(i))
+            out.append({"modality": source.name, "caption": caption} | seen)
+    return out

@@ -1,0 +1,75 @@
+"""Train a recipe: every mode for every seed, then the comparison and the report.
+
+``python -m uml_fast.train [recipe] [overrides]``
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from uml_fast import log
+from uml_fast.checkpoint import StopSignal
+from uml_fast.cli import parse, run_main
+from uml_fast.config import RunConfig
+from uml_fast.report import print_table, write_report
+from uml_fast.run import open_run, write_json
+from uml_fast.summary import describe_samples, summarise
+from uml_fast.trial import Stopped, Trial
+
+
+def train(config: RunConfig) -> Path | None:
+    """Train (or continue) a run; returns its folder, or None if it was asked to stop before the end.
+
+    Raises:
+        ConfigError, DataError: the configuration or the data cannot be used.
+        RunFolderError: the run folder cannot be written, or holds another run.
+        TrainingError: a loss was not finite.
+        CheckpointError: all checkpoints of a trial are broken, or none can be written.
+    """
+    folder = open_run(config)
+    seeds = range(config.seed, config.seed + config.seeds)
+    trials = [log.Trial(mode, seed, config.steps) for seed in seeds for mode in config.modes]
+    results = []
+    with log.RunLog(folder, trials) as run_log, StopSignal() as stop:
+        for planned in trials:
+            result = _finish_trial(config, planned.mode, planned.seed, folder, run_log, stop)
+            if result is None:
+                return None
+            results.append(result)
+    summary = summarise(config, results, folder)
+    write_json(folder / "summary.json", summary)
+    report = write_report(folder)
+    print(print_table(summary))
+    print(f"report: {report}")
+    return folder
+
+
+def _finish_trial(
+    config: RunConfig, mode: str, seed: int, folder: Path, run_log: log.RunLog, stop: StopSignal
+) -> dict[str, Any] | None:
+    """The result of one trial, trained where it is not there yet; None if it was asked to stop."""
+    place = folder / "trials" / f"{mode}-{seed}"
+    finished = place / "result.json"
+    if not finished.exists():
+        trial = Trial(config, mode, seed, place)
+        if mode == "uml" and not (folder / "samples.json").exists():
+            write_json(folder / "samples.json", describe_samples(trial.model, trial.task))
+        try:
+            write_json(finished, trial.run(stop, run_log))
+        except Stopped:
+            run_log.note(f"stopped at step {trial.step} of {mode} seed {seed}; the same command continues it")
+            return None
+    result: dict[str, Any] = json.loads(finished.read_text())
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``python -m uml_fast.train``; returns the exit status."""
+    train(parse(argv, "python -m uml_fast.train"))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_main(main))

@@ -1,0 +1,227 @@
+"""One trial: one mode and one seed, from data to result, resumable at any step."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uml_fast import checkpoint
+from uml_fast.config import ConfigError, MixConfig, RunConfig
+from uml_fast.data.loader import Loader
+from uml_fast.data.source import Source, Task
+from uml_fast.device import resolve_device, resolve_dtype
+from uml_fast.log import RunLog
+from uml_fast.measure import init_head, measure, validation_metric
+from uml_fast.meter import Meter
+from uml_fast.model.uml import Uml
+from uml_fast.optim import learning_rate, load_optimizer_tensors, optimizer_tensors
+from uml_fast.pack import Layout
+from uml_fast.schedule import Stream, make_layouts
+from uml_fast.step import StepResult, TrainStep
+
+logger = logging.getLogger("uml_fast")
+
+
+class TrainingError(RuntimeError):
+    """A trial that cannot go on; the message says where it stopped and where the last good state is."""
+
+
+class Stopped(Exception):
+    """The trial was asked to stop and has saved a checkpoint."""
+
+
+def streams_of(config: RunConfig, sources: tuple[Source, ...]) -> tuple[Stream, ...]:
+    """What the planner needs to know of the sources."""
+    return tuple(
+        Stream(
+            name=s.name, lengths=s.lengths, share=config.modality(s.name).share,
+            row_elems=s.rows.shape[1], dtype=s.rows.dtype.name, is_target=s.name == config.target,
+        )
+        for s in sources
+    )  # fmt: skip
+
+
+def plan_mix(config: RunConfig, mode: str, seed: int) -> tuple[MixConfig, tuple[Layout, ...]]:
+    """The mix and layouts of one mode.
+
+    A unimodal pack has as many target rows as a UML pack, so that both modes see the same target data per step.
+    """
+    joint = make_layouts(streams_of(config, config.data.load(seed, "uml").train), config.mix)
+    if mode == "uml":
+        return config.mix, joint
+    rows = next(r.rows for layout in joint for r in layout.regions if r.name == config.target)
+    mix = MixConfig(policy="joint", token_budget=rows)
+    alone = config.for_mode(mode)
+    return mix, make_layouts(streams_of(alone, config.data.load(seed, mode).train), mix)
+
+
+def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
+    """The model of one trial, with weights drawn from ``seed`` and statistics of the training data, on the CPU.
+
+    Raises:
+        ConfigError: the data's modalities, row sizes or lengths do not fit the configuration's.
+    """
+    names = [m.name for m in config.modalities]
+    if [s.name for s in task.train] != names:
+        raise ConfigError(f"the data has modalities {[s.name for s in task.train]}, the run {names}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Uml(config, resolve_dtype(config.precision, resolve_device(config.device)))
+    for source in task.train:
+        modality = model.modality(source.name)
+        modality.check(int(source.lengths.max()), source.rows.shape[1], source.rows.dtype.name)
+        modality.fit(source.rows, source.offsets)
+    if config.objective.init_head_from is not None:
+        init_head(model, task.source(config.objective.init_head_from))
+    return model
+
+
+class Trial:
+    """Trains one mode with one seed; ``run`` continues from the newest checkpoint in its folder."""
+
+    def __init__(self, run_config: RunConfig, mode: str, seed: int, folder: Path) -> None:
+        self.config = config = run_config.for_mode(mode)
+        self.mode, self.seed, self.folder = mode, seed, folder
+        self.device = resolve_device(config.device)
+        self.task = config.data.load(seed, mode)
+        self.target = self.task.source(config.target)
+        self.mix, self.layouts = plan_mix(run_config, mode, seed)
+        self.model = build_model(config, self.task, seed).to(self.device)
+        self.train_step = TrainStep(self.model, config, seed)
+        self.step = 0
+        self.best: dict[str, Any] = {"metric": None, "step": 0, "failures": 0}
+        self.best_weights: dict[str, Tensor] = {}
+        self.unchecked: list[tuple[int, Tensor, Layout, Tensor]] = []
+        """Steps whose loss was not read yet: (step, loss, layout, sample of each slot)."""
+
+    def run(self, stop: checkpoint.StopSignal, log: RunLog) -> dict[str, Any]:
+        """Train to the end and measure.
+
+        Args:
+            stop: read between steps.
+            log: takes one record per logged step and validation.
+
+        Returns:
+            The trial's result as it stands in summary.json.
+
+        Raises:
+            Stopped: ``stop`` was set; the state is saved.
+            TrainingError: the loss is not finite.
+        """
+        config = self.config
+        streams = streams_of(config, self.task.train)
+        with Loader(self.task.train, streams, self.layouts, self.mix, self.seed, self.device) as loader:
+            self._resume(loader)
+            log.begin(self.mode, self.seed, resumed_step=self.step)
+            meter = Meter(self.model, config, self.task.train, loader, self.device)
+            while self.step < config.steps and not self._is_patience_over():
+                batch = next(loader)
+                result = self.train_step(batch, self.step)
+                self.unchecked.append((self.step, result.loss, batch.layout, batch.sample_S.clone()))
+                self.step += 1
+                is_last = self.step == config.steps
+                is_logged = self.step % config.log_every == 0 or is_last
+                is_saved = is_last or bool(stop) or self._is_due(config.checkpoint.every)
+                if is_logged or is_saved or self.device.type == "cpu":
+                    self._check_finite()
+                record = self._record(result, meter) if is_logged else {}
+                if config.eval.every and (is_last or self._is_due(config.eval.every)):
+                    record["val"] = self._validate()
+                    meter.restart()
+                if record:
+                    log.write(self.step, **record)
+                if is_saved:
+                    self._save(loader)
+                if stop and not is_last:
+                    raise Stopped
+        log.end()
+        return self._result()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _record(self, result: StepResult, meter: Meter) -> dict[str, Any]:
+        record: dict[str, Any] = {"loss": float(result.loss)}
+        record["losses"] = {name: float(loss) for name, loss in result.parts.items()}
+        record["lr"] = learning_rate(self.step - 1, self.config.steps, self.config.optim)
+        if result.grad_norm is not None:
+            record["grad_norm"] = float(result.grad_norm)
+        return record | meter.lap()
+
+    def _check_finite(self) -> None:
+        """Stop at a loss that is not finite, before anything of it is saved."""
+        for step, loss, layout, samples in self.unchecked:
+            if not torch.isfinite(loss):
+                self._stop_at(step, float(loss), layout, samples.tolist())
+        self.unchecked.clear()
+
+    def _stop_at(self, step: int, loss: float, layout: Layout, samples: list[int]) -> None:
+        keys = {}
+        for i, region in enumerate(layout.regions):
+            source = self.task.source(region.name)
+            keys[region.name] = [source.key(s) for s in samples[layout.slot_slice(i)] if s >= 0]
+        path = self.folder / "nonfinite.json"
+        path.write_text(json.dumps({"step": step, "loss": str(loss), "samples": keys}, indent=1))
+        newest = checkpoint.load_latest(self.folder / "checkpoints")
+        kept = f"the checkpoint of step {newest.step}" if newest else "no checkpoint yet"
+        raise TrainingError(
+            f"{self.mode} seed {self.seed}: the loss is {loss} at step {step + 1}. The samples of that pack are in "
+            f"{path}; {kept} is kept. Try a lower --optim.lr or --optim.clip-norm 1"
+        )
+
+    def _validate(self) -> float:
+        """The metric on the validation samples; remembers the best weights where patience is set."""
+        self.model.eval()
+        value = validation_metric(self.model, self.config, self.task, self.target)
+        self.model.train()
+        if self.config.eval.patience:
+            sign = -1 if self.config.metric == "error" else 1
+            if self.best["metric"] is None or sign * value > sign * self.best["metric"]:
+                self.best = {"metric": value, "step": self.step, "failures": 0}
+                self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+            else:
+                self.best["failures"] += 1
+        return value
+
+    def _is_patience_over(self) -> bool:
+        patience = self.config.eval.patience
+        return bool(patience) and self.best["failures"] >= patience
+
+    def _save(self, loader: Loader) -> None:
+        tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"best/{k}": v for k, v in self.best_weights.items()}
+        state = optimizer_tensors(self.train_step.optimizer, self.model)
+        tensors |= {f"optimizer/{k}": v for k, v in state.items()}
+        meta = {"mode": self.mode, "seed": self.seed, "loader": loader.state_dict(), "best": self.best}
+        keep = self.config.checkpoint.keep
+        checkpoint.save(self.folder / "checkpoints", self.step, tensors, meta, keep)
+
+    def _resume(self, loader: Loader) -> None:
+        saved = checkpoint.load_latest(self.folder / "checkpoints")
+        if saved is None:
+            return
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model/"))
+        self.best_weights, self.best = part("best/"), saved.meta["best"]
+        load_optimizer_tensors(self.train_step.optimizer, self.model, part("optimizer/"))
+        loader.load_state_dict(saved.meta["loader"])
+        self.step = saved.step
+        logger.info("%s seed %d: continues at step %d", self.mode, self.seed, self.step)
+
+    def _result(self) -> dict[str, Any]:
+        if self.best_weights:
+            self.model.load_state_dict(self.best_weights)
+        measured = measure(self.model, self.config, self.task, self.target, self.task.test)
+        return {
+            "mode": self.mode, "seed": self.seed, "shots": None, "steps": self.step,
+            "probe": measured.probe, "head": measured.head, "error": measured.error,
+            "baselines": dict(self.task.baselines),
+        }  # fmt: skip
