@@ -267,7 +267,7 @@ def test_handlers_come_back_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError), StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before
-        1 / 0  # noqa: B018
+        1 / 0
     assert signal.getsignal(signal.SIGTERM) == before
 
 

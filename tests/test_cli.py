@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +228,27 @@ def test_listing_recipes_imports_neither_torch_nor_a_recipe() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+BASE_RECIPE = """
+from uml_fast.config import *
+
+def base() -> RunConfig:
+    return RunConfig(
+        recipe="base", target="a", modalities=(ModalityConfig(name="a"),), data=DataConfig(),
+        backbone=BackboneConfig(width=8), objective=ObjectiveConfig(classes=2),
+    )
+"""
+
+
+def test_options_of_every_run_are_the_frozen_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A change of the command line is meant: tests/options.txt changes in the same commit."""
+    path = tmp_path / "base.py"
+    path.write_text(BASE_RECIPE)
+    with pytest.raises(SystemExit):
+        cli.parse([f"{path}:base", "--help"], "train")
+    shown = re.findall(r"^│ (?:-h, )?(--[\w.-]+)", capsys.readouterr().out, re.MULTILINE)
+    frozen = Path(__file__).with_name("options.txt").read_text().split()
+    assert sorted(shown) == sorted(frozen)

@@ -11,6 +11,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import sys
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="uml-fast doctor", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(argv)
+    # A missing extension is logged on first use; here it is a line of the report.
+    logging.getLogger("uml_fast").setLevel(logging.ERROR)
     findings = examine()
     if options.json:
         print(json.dumps({f.name: dataclasses.asdict(f) for f in findings}, indent=2))
@@ -143,13 +146,16 @@ def _cuda_device() -> tuple[bool, str]:
 def _native() -> tuple[bool, str]:
     from uml_fast import native
 
-    return (True, "loaded") if native.available() else (False, str(native.reason()))
+    return (True, "loaded") if native.available() else (False, native.reason())
 
 
 def _native_cuda() -> tuple[bool, str]:
-    if importlib.util.find_spec("uml_fast._native_cuda") is not None:
-        return True, "built"
-    return False, "not built: no nvcc at installation, or UML_CUDA=OFF"
+    from uml_fast import native
+
+    extension = native.cuda_module()
+    if extension is None:
+        return False, native.cuda_reason()
+    return True, f"loaded; it sees {extension.device_count()} CUDA devices"
 
 
 def _triton() -> tuple[bool, str]:
