@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -218,6 +219,14 @@ def test_check_all_confirms_every_statement(seed: int) -> None:
         "Simulation",
     }  # fmt: skip
     assert all(c.assumed and c.holds for c in checks), [c for c in checks if not c.holds]
+
+
+def test_checks_are_plain_values() -> None:
+    for check in check_all(0):
+        for key, value in dataclasses.asdict(check).items():
+            kinds = {type(v) for v in value} if key == "quantities" else {type(value)}
+            assert kinds <= {str, bool, type(None), tuple}, (check.name, key, kinds)
+        assert all(type(v) is float for _, v in check.quantities)
 
 
 def test_design_refuses_shapes_that_do_not_fit() -> None:
