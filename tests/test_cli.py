@@ -249,6 +249,6 @@ def test_options_of_every_run_are_the_frozen_ones(
     path.write_text(BASE_RECIPE)
     with pytest.raises(SystemExit):
         cli.parse([f"{path}:base", "--help"], "train")
-    shown = re.findall(r"^│ (?:-h, )?(--[\w.-]+)", capsys.readouterr().out, re.MULTILINE)
+    shown = re.findall(r"^[^\w-]*(?:-h, )?(--[a-z][\w.-]*)", capsys.readouterr().out, re.MULTILINE)
     frozen = Path(__file__).with_name("options.txt").read_text().split()
-    assert sorted(shown) == sorted(frozen)
+    assert "--steps" in shown and sorted(shown) == sorted(frozen)

@@ -78,8 +78,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     options = parser.parse_args(argv)
     # A missing extension is logged on first use; here it is a line of the report.
-    logging.getLogger("uml_fast").setLevel(logging.ERROR)
-    findings = examine()
+    logger = logging.getLogger("uml_fast")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        findings = examine()
+    finally:
+        logger.setLevel(level)
     if options.json:
         print(json.dumps({f.name: dataclasses.asdict(f) for f in findings}, indent=2))
     else:
