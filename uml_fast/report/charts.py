@@ -63,13 +63,15 @@ def curve_over_seeds(
     return Curve(np.array([np.array(steps)[b].mean() for b in blocks]), mean, low, high)
 
 
-def curves_chart(title: str, curves: Mapping[str, Curve], y_format: Callable[[float], str]) -> str:
-    """SVG of one metric over steps, a line and a band per mode; logarithmic over a wide range."""
+def curves_chart(
+    title: str, curves: Mapping[str, Curve], y_format: Callable[[float], str], *, is_error: bool
+) -> str:
+    """SVG of a metric over steps, a line and a band per mode; logarithmic for wide errors."""
 
     def draw(axes: Any) -> None:
         low = min(float(c.low.min()) for c in curves.values())
         high = max(float(c.high.max()) for c in curves.values())
-        is_log = low > 0 and high / low > 30
+        is_log = is_error and low > 0 and high / low > 30
         if is_log:
             axes.set_yscale("log")
         for mode, c in curves.items():
@@ -89,7 +91,7 @@ def pairs_chart(
     title: str,
     unimodal: Sequence[float],
     uml: Sequence[float],
-    baselines: Sequence[tuple[str, float]],
+    baselines: Sequence[float],
     y_format: Callable[[float], str],
 ) -> str:
     """SVG of every seed as two joined dots, the means as bars and the baselines as dashed lines."""
@@ -102,12 +104,8 @@ def pairs_chart(
             side = -0.3 if x == 0 else 0.12
             mean = sum(values) / len(values)
             axes.plot([x + side, x + side + 0.18], [mean, mean], color=colour, lw=2.4)
-        for name, level in baselines:
+        for level in baselines:
             axes.axhline(level, color=_MUTED, lw=0.9, ls=(0, (4, 3)))
-            axes.annotate(
-                name, (1.0, level), (0, 2), xycoords=("axes fraction", "data"), ha="right",
-                textcoords="offset points", color=_MUTED, fontsize=8,
-            )  # fmt: skip
         axes.set_xlim(-0.45, 1.45)
         axes.set_xticks([0, 1], ["unimodal", "UML"])
         axes.grid(axis="x", visible=False)
@@ -135,7 +133,7 @@ def _chart(title: str, draw: Callable[[Any], None]) -> str:
         "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "text.color": _INK,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.7, 3.0), layout="constrained")
+        figure = Figure(figsize=(3.7, 2.5), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         out = io.StringIO()
@@ -167,7 +165,7 @@ def interval_svg(
             'stroke-width="5" stroke-opacity=".35" stroke-linecap="round"/>'
         )
     return (
-        '<svg viewBox="0 0 200 22" preserveAspectRatio="none" aria-hidden="true">'
+        '<svg viewBox="0 0 200 22" aria-hidden="true">'
         '<line x1="100" x2="100" y1="1" y2="21" stroke="var(--muted)" stroke-width="1"/>'
         f'{bar}<circle cx="{x(mean)}" cy="11" r="4" fill="{colour}"/></svg>'
     )

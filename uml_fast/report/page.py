@@ -10,7 +10,7 @@ from typing import Any
 
 from uml_fast.log import RunFolderError, read_metrics
 from uml_fast.report import sections
-from uml_fast.report.sections import ReportError, escape, versions_of
+from uml_fast.report.sections import ReportError, escape, together, versions_of
 from uml_fast.report.table import beaten_by, metric_of
 
 
@@ -79,7 +79,7 @@ def _page(
     return template.substitute(
         title=escape(f"{recipe}: {headline}"),
         eyebrow=escape(" · ".join(x for x in eyebrow if x)),
-        headline=escape(headline),
+        headline=together(_in_two_sizes(escape(headline))),
         side=side,
         lead=lead,
         sections="\n".join(p for p in parts if p),
@@ -108,3 +108,9 @@ def _headline(summary: Mapping[str, Any] | None) -> tuple[str, str, str]:
         return f"No difference shown in {len(rows)} settings", "", lead
     side = "better" if not worse else "worse" if not better else ""
     return f"UML is {' and '.join(parts)} of {len(rows)} settings", side, lead
+
+
+def _in_two_sizes(headline: str) -> str:
+    """The headline with what it says in brackets, the evidence, set smaller."""
+    said, bracket, evidence = headline.partition(" (")
+    return f"{said} <span>{evidence.removesuffix(')')}</span>" if bracket else said

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from uml_fast.report import charts
-from uml_fast.report.table import THROUGHPUT, has_rate, metric_of, rate, setting
+from uml_fast.report.table import THROUGHPUT, baselines_of, has_rate, metric_of, rate, setting
 
 LEGEND = (
     '<p class="legend"><span><i class="unimodal"></i>unimodal: the target modality alone</span>'
@@ -25,6 +26,11 @@ class ReportError(ValueError):
 def escape(value: Any) -> str:
     """A value as text of a page or of an attribute."""
     return html.escape(str(value), quote=True)
+
+
+def together(text: str) -> str:
+    """HTML text in which a number and its per-cent sign stay on one line."""
+    return text.replace(" %", "&nbsp;%")
 
 
 def comparison(summary: Mapping[str, Any]) -> str:
@@ -52,7 +58,7 @@ def comparison(summary: Mapping[str, Any]) -> str:
         f"<h2>Unimodal against UML</h2><p>{escape(metric_of(summary).title.capitalize())}, "
         "measured on the test data of the target modality. Both modes share target data, steps and "
         "seeds; the interval is that of the paired difference (Student t over seeds).</p>"
-        + _table(head, body)
+        + _table(head, body, "comparison")
     )
 
 
@@ -73,13 +79,13 @@ def _comparison_row(summary: Mapping[str, Any], c: Mapping[str, Any]) -> str:
         f'<td class="number">{m.text(c["paired_diff_mean"], "+")}</td>'
         f'<td class="number">{m.interval(c, "+") or "none"}</td>'
         f'<td class="interval">{drawn}</td><td class="number">{c["n"]}</td>'
-        f'<td class="verdict {side}">{escape(c["verdict"])}</td></tr>'
+        f'<td class="verdict {side}">{together(escape(c["verdict"]))}</td></tr>'
     )
 
 
-def _table(head: str, body: Sequence[str]) -> str:
+def _table(head: str, body: Sequence[str], kind: str = "") -> str:
     return (
-        f'<div class="card scroll"><table><thead>{head}</thead>'
+        f'<div class="card scroll {kind}"><table><thead>{head}</thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
@@ -102,62 +108,87 @@ def every_seed(summary: Mapping[str, Any]) -> str:
         if not seeds:
             continue
         title = f"{setting(summary, c)}: {m.title}"
-        baselines = [
-            (x["name"], x["mean"]) for x in summary.get("baselines") or ()
-            if metric_of(summary, x) == m and x.get("shots") in (None, c.get("shots"))
-        ]  # fmt: skip
+        fitting = baselines_of(summary, c)
         svg = charts.pairs_chart(
-            title, [a[s] for s in seeds], [b[s] for s in seeds], baselines, m.text
+            title,
+            [a[s] for s in seeds],
+            [b[s] for s in seeds],
+            [x["mean"] for x in fitting],
+            m.text,
         )
-        figures.append(_figure(title, svg))
+        dashed = ", ".join(f"{x['name']} {m.text(x['mean'])}" for x in fitting)
+        figures.append(_figure(title, svg, f"dashed: {dashed}" if dashed else ""))
     if not figures:
         return ""
     note = '<p class="note">A line joins the two runs of one seed; the bars are the means.</p>'
     return f'<h2>Every seed</h2>{LEGEND}<div class="charts">{"".join(figures)}</div>{note}'
 
 
-def _figure(title: str, svg: str) -> str:
-    return f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}</figure>'
+def _figure(title: str, svg: str, note: str = "") -> str:
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}{below}</figure>'
 
 
 def curves(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     """What was logged over steps; ``facts`` has the run's target and metric."""
     m, target = metric_of(facts), facts.get("target")
-    names = sorted(
-        {n for r in records for n in r.get("losses") or ()}, key=lambda n: (n != target, n)
-    )
-    wanted: list[tuple[str, Any, Any]] = [
-        (f"validation: {m.title}", lambda r: r.get("val"), m.text),
-        *(
-            (f"loss of {n}", lambda r, n=n: (r.get("losses") or {}).get(n), "{:.3g}".format)
-            for n in names
-        ),
-        ("learning rate", lambda r: r.get("lr"), "{:.2g}".format),
-        ("gradient norm", lambda r: r.get("grad_norm"), "{:.3g}".format),
-    ]
+    seen = {name for r in records for name in r.get("losses") or ()}
+    names = sorted(seen, key=lambda name: (name != target, name))
+    wanted = [_Curve(f"validation: {m.title}", _logged("val"), m.text, m.lower_is_better)]
     if not names:
-        wanted.insert(1, ("loss", lambda r: r.get("loss"), "{:.3g}".format))
-    figures = list(_curve_figures(records, wanted))
+        wanted.append(_Curve("loss", _logged("loss"), "{:.3g}".format, True))
+    wanted += [
+        _Curve(f"loss of {name}", _logged("losses", name), "{:.3g}".format, True) for name in names
+    ]
+    figures = _curve_figures(records, wanted)
     if not figures:
         return ""
-    note = '<p class="note">Mean over seeds; the band is from the lowest to the highest seed.</p>'
-    return f'<h2>Learning curves</h2>{LEGEND}<div class="charts">{"".join(figures)}</div>{note}'
+    steering = _curve_figures(
+        records,
+        [
+            _Curve("gradient norm", _logged("grad_norm"), "{:.3g}".format, True),
+            _Curve("learning rate", _logged("lr"), "{:.2g}".format, False),
+        ],
+    )
+    folded = (
+        '<details class="card"><summary>Gradient norm and learning rate</summary>'
+        f'<div class="charts">{steering}</div></details>'
+    )
+    note = "Mean over seeds; the band is from the lowest to the highest seed."
+    return (
+        f'<h2>Learning curves</h2>{LEGEND}<div class="charts">{figures}</div>'
+        f'<p class="note">{note}</p>{folded if steering else ""}'
+    )
 
 
-def _curve_figures(
-    records: Sequence[Mapping[str, Any]], wanted: Sequence[tuple[str, Any, Any]]
-) -> Iterator[str]:
-    for title, value, y_format in wanted:
-        found = {mode: charts.curve_over_seeds(records, mode, value) for mode in charts.MODES}
-        curves = {mode: c for mode, c in found.items() if c is not None}
-        if curves:
-            yield _figure(title, charts.curves_chart(title, curves, y_format))
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    title: str
+    value: Callable[[Mapping[str, Any]], float | None]
+    y_format: Callable[[float], str]
+    is_error: bool
+
+
+def _logged(key: str, name: str = "") -> Callable[[Mapping[str, Any]], float | None]:
+    """Reader of a logged number, or of the one called ``name`` in a logged group."""
+    return lambda r: (r.get(key) or {}).get(name) if name else r.get(key)
+
+
+def _curve_figures(records: Sequence[Mapping[str, Any]], wanted: Sequence[_Curve]) -> str:
+    out = []
+    for w in wanted:
+        found = {mode: charts.curve_over_seeds(records, mode, w.value) for mode in charts.MODES}
+        drawn = {mode: curve for mode, curve in found.items() if curve is not None}
+        if drawn:
+            svg = charts.curves_chart(w.title, drawn, w.y_format, is_error=w.is_error)
+            out.append(_figure(w.title, svg))
+    return "".join(out)
 
 
 def throughput(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """Rates of the run, occupancy of its stages, and how both went over time."""
     tiles = "".join(
-        f"<div><b>{rate(summary, key)}</b><span>{label}<br>{note}</span></div>"
+        f"<div><b>{rate(summary, key)}</b><span>{label}</span><small>{note}</small></div>"
         for key, label, note in THROUGHPUT if has_rate(summary, key)
     )  # fmt: skip
     if not tiles:
@@ -170,9 +201,13 @@ def throughput(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]])
         for name, pct in stages.items()
     )
     occupancy = f'<h3>Stage occupancy</h3><div class="card">{bars}</div>' if bars else ""
-    rates = [("tokens a second", lambda r: r.get("tokens_per_s"), "{:,.0f}".format),
-             ("stall, % of time", lambda r: r.get("stall_pct"), "{:.3g}".format)]  # fmt: skip
-    figures = "".join(_curve_figures(records, rates))
+    figures = _curve_figures(
+        records,
+        [
+            _Curve("tokens a second", _logged("tokens_per_s"), "{:,.0f}".format, False),
+            _Curve("stall, % of time", _logged("stall_pct"), "{:.3g}".format, False),
+        ],
+    )
     return (
         f'<h2>Throughput</h2><div class="card tiles">{tiles}</div>{occupancy}'
         f'<div class="charts" style="margin-top: 1rem">{figures}</div>'

@@ -9,8 +9,12 @@ from typing import Any
 THROUGHPUT = (
     ("tokens_per_s", "tokens a second", "unpadded rows trained on"),
     ("samples_per_s", "samples a second", "of all modalities"),
-    ("mfu", "MFU, measured peak", "useful operations over this machine's matrix-product rate"),
-    ("mfu_datasheet", "MFU, datasheet", "the same over the maker's figure"),
+    (
+        "mfu",
+        "MFU of the measured peak",
+        "useful operations over this machine's matrix-product rate",
+    ),
+    ("mfu_datasheet", "MFU of the datasheet peak", "the same over the maker's figure"),
     ("stall_pct", "stall", "time the device waited for data"),
     ("fill_pct", "fill", "rows of a pack that hold samples"),
     ("recompiles", "recompiles", "after warm-up"),
@@ -83,7 +87,7 @@ def print_table(summary: Mapping[str, Any]) -> str:
     lines = [f"{summary['recipe']}: {summary['target']}, {metric_of(summary).title}", ""]
     for name, *cells in ("", *columns), *rows:
         line = f"{name[:first]:<{first}}"
-        for cell, width in zip(cells, (9, 9, 11, 20, 4), strict=True):
+        for cell, width in zip(cells, (9, 9, 13, 20, 4), strict=True):
             line += f"{cell:>{width}}"
         lines.append(line.rstrip())
     lines.append("")
@@ -115,16 +119,21 @@ def setting(summary: Mapping[str, Any], c: Mapping[str, Any]) -> str:
     return ", ".join(parts) or str(summary["target"])
 
 
+def baselines_of(summary: Mapping[str, Any], c: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The baselines a row is compared with: of its metric, and of its shots if they have any."""
+    return [
+        b for b in summary.get("baselines") or ()
+        if metric_of(summary, b) == metric_of(summary, c)
+        and b.get("shots") in (None, c.get("shots"))
+    ]  # fmt: skip
+
+
 def beaten_by(summary: Mapping[str, Any]) -> list[str]:
     """A sentence for each setting in which a simple baseline has a better mean than UML."""
     out = []
     for c in summary["comparison"]:
         m = metric_of(summary, c)
-        fitting = [
-            b for b in summary.get("baselines") or ()
-            if metric_of(summary, b) == m and b.get("shots") in (None, c.get("shots"))
-        ]  # fmt: skip
-        for b in fitting:
+        for b in baselines_of(summary, c):
             if m.is_better(b["mean"], c["uml_mean"]):
                 where = "" if len(summary["comparison"]) == 1 else f"{setting(summary, c)}: "
                 out.append(
