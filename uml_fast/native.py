@@ -18,7 +18,10 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
     """The extension of that name, or None and why it is not there."""
     try:
         if importlib.util.find_spec(name) is None:
-            return None, f"{name} is not installed (the package was not built, or without this part)"
+            return (
+                None,
+                f"{name} is not installed (the package was not built, or without this part)",
+            )
         return importlib.import_module(name), ""
     except ImportError as error:
         return None, f"{name} does not load: {error}"

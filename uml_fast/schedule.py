@@ -15,7 +15,7 @@ behind, and the others follow what it reached. So the totals stay proportional t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,11 @@ ENOUGH_FILL = 0.97
 ROW_ALIGN = 8
 """Regions are a multiple of this many rows, which keeps every slice of a pack aligned."""
 STATE_FORMAT = 1
+"""Version of a planner's state: a list of integers, a header and one part per stream."""
+STATE_HEADER = 7
+"""Integers of the header: format, seed, rank, world, packs, whether warming up, number of streams."""
+STREAM_STATE = 8 + 2 * WINDOW
+"""Integers of one stream: key, samples, rows; epoch, cursor, rows of this phase, samples and rows so far; window."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -81,8 +86,13 @@ class Stream:
     """numpy name of the raw element type."""
 
     def __post_init__(self) -> None:
-        require(len(self.lengths) >= 1, f"{self.name} has no samples; give it data or take it out of the run")
-        require(int(self.lengths.min()) >= 1, f"{self.name} sample {self.lengths.argmin()} has no rows")
+        require(
+            len(self.lengths) >= 1,
+            f"{self.name} has no samples; give it data or take it out of the run",
+        )
+        require(
+            int(self.lengths.min()) >= 1, f"{self.name} sample {self.lengths.argmin()} has no rows"
+        )
         require(self.share > 0, f"{self.name}.share is {self.share}; it must be positive")
 
     @property
@@ -150,7 +160,10 @@ def _layout(streams: Sequence[Stream], token_budget: int) -> Layout:
     fitting = [c for c in candidates if all(r >= n for r, n in zip(c[1], longest, strict=True))]
     if not fitting or sum(fitting[0][1]) > token_budget:
         s = max(streams, key=lambda s: s.longest / s.share)
-        least = max((s.longest if s.is_constant else s.quota_of(bucket(s.longest))) / s.share for s in streams)
+        least = max(
+            (s.longest if s.is_constant else s.quota_of(bucket(s.longest))) / s.share
+            for s in streams
+        )
         raise ConfigError(
             f"{s.name}: sample {int(s.lengths.argmax())} has {s.longest} rows, but this modality's part of "
             f"mix.token_budget={token_budget} is {int(token_budget * s.share / total_share)} rows; "
@@ -242,7 +255,10 @@ def make_rules(streams: Sequence[Stream], layouts: Sequence[Layout], mix: MixCon
     def rule(layout: Layout) -> LayoutRule:
         regions, paces, grain = [], [], []
         for r in layout.regions:
-            require(r.name in names, f"the layout has a region for {r.name!r}, but there is no such stream in {names}")
+            require(
+                r.name in names,
+                f"the layout has a region for {r.name!r}, but there is no such stream in {names}",
+            )
             s = streams[names.index(r.name)]
             room = min(r.rows, r.max_len)
             require(
@@ -250,7 +266,16 @@ def make_rules(streams: Sequence[Stream], layouts: Sequence[Layout], mix: MixCon
                 f"{r.name}: sample {int(s.lengths.argmax())} has {s.longest} rows; its region takes "
                 f"samples of up to {room} rows in {r.rows} rows and {r.slots} slots",
             )
-            regions.append(RegionRule(names.index(r.name), r.rows, r.slots, r.max_len, 2 * s.mean_length, r.rows // 128))
+            regions.append(
+                RegionRule(
+                    names.index(r.name),
+                    r.rows,
+                    r.slots,
+                    r.max_len,
+                    2 * s.mean_length,
+                    r.rows // 128,
+                )
+            )
             paces.append(s.quota_of(r.rows) / s.share)
             grain.append((s.longest if s.is_constant else s.mean_length / 4) / s.share)
         order = sorted(range(len(regions)), key=lambda m: -grain[m])
@@ -341,7 +366,9 @@ class _Queue:
         taken = 0
         while True:
             rem, room, n = target - taken, rule.rows - taken, self.lengths[0]
-            fits = n <= room and len(picks) + 1 + padding_slots(room - n, rule.max_len) <= rule.slots
+            fits = (
+                n <= room and len(picks) + 1 + padding_slots(room - n, rule.max_len) <= rule.slots
+            )
             if fits and (rem - n >= rule.reserve or (not picks and abs(rem - n) < abs(rem))):
                 chosen: tuple[int, ...] = (0,)
             else:
@@ -396,7 +423,9 @@ class Planner:
 
     def _first_side_done(self) -> bool:
         side = [self._queues[i] for i in self._rules.first_side]
-        return all(q.samples * q.world >= self._rules.warmup_epochs * len(q.stream.lengths) for q in side)
+        return all(
+            q.samples * q.world >= self._rules.warmup_epochs * len(q.stream.lengths) for q in side
+        )
 
     def _layout_index(self) -> int:
         if self._rules.policy == "alternate":
@@ -412,11 +441,18 @@ class Planner:
         """Where the planner is: plain integers, a few hundred per stream."""
         state = [*self._identity, self._packs, int(self._warm), len(self._queues)]
         for q in self._queues:
-            state += [*stream_identity(q.stream), q.epoch, q.cursor, q.phase_rows, q.samples, q.rows]
+            state += [
+                *stream_identity(q.stream),
+                q.epoch,
+                q.cursor,
+                q.phase_rows,
+                q.samples,
+                q.rows,
+            ]
             state += [x for entry in q.window for x in entry]
         return {"planner": state}
 
-    def load_state_dict(self, state: dict[str, list[int]]) -> None:
+    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
         """Continue where ``state_dict`` was taken.
 
         Raises:
@@ -424,9 +460,8 @@ class Planner:
         """
         streams = [q.stream for q in self._queues]
         values = check_state(state, streams, self._identity)
-        at = len(self._identity)
-        self._packs, self._warm = values[at], bool(values[at + 1])
-        at += 3
+        self._packs, self._warm = values[4], bool(values[5])
+        at = STATE_HEADER
         for q in self._queues:
             epoch, cursor, q.phase_rows, q.samples, q.rows = values[at + 3 : at + 8]
             q.seek(epoch, cursor)
@@ -436,15 +471,14 @@ class Planner:
             at += STREAM_STATE
 
 
-STREAM_STATE = 8 + 2 * WINDOW
-"""Integers of one stream in a planner's state."""
-
-
 def check_ranks(streams: Sequence[Stream], rank: int, world: int) -> None:
     """Raise ConfigError unless every rank gets samples of every stream."""
     require(0 <= rank < world, f"rank {rank} is not one of {world} ranks")
     for s in streams:
-        require(len(s.lengths) >= world, f"{s.name} has {len(s.lengths)} samples, fewer than the {world} ranks")
+        require(
+            len(s.lengths) >= world,
+            f"{s.name} has {len(s.lengths)} samples, fewer than the {world} ranks",
+        )
 
 
 def stream_identity(stream: Stream) -> tuple[int, int, int]:
@@ -454,7 +488,7 @@ def stream_identity(stream: Stream) -> tuple[int, int, int]:
 
 
 def check_state(
-    state: dict[str, list[int]], streams: Sequence[Stream], identity: tuple[int, int, int, int]
+    state: Mapping[str, list[int]], streams: Sequence[Stream], identity: tuple[int, int, int, int]
 ) -> list[int]:
     """The integers of a state after checking that they belong to this run.
 
@@ -462,14 +496,20 @@ def check_state(
         ValueError: they do not; the message says what differs.
     """
     values = [int(x) for x in state.get("planner", ())]
-    head = len(identity) + 3
+    head = STATE_HEADER
     if len(values) < head or values[0] != STATE_FORMAT:
         raise ValueError("not a planner state of this version of uml_fast")
-    for what, saved, here in zip(("format", "seed", "rank", "world"), values, identity, strict=False):
+    for what, saved, here in zip(
+        ("format", "seed", "rank", "world"), values, identity, strict=False
+    ):
         if saved != here:
-            raise ValueError(f"the planner state was saved with {what} {saved}, this run has {here}")
+            raise ValueError(
+                f"the planner state was saved with {what} {saved}, this run has {here}"
+            )
     if values[head - 1] != len(streams) or len(values) != head + len(streams) * STREAM_STATE:
-        raise ValueError(f"the planner state holds {values[head - 1]} streams, this run has {len(streams)}")
+        raise ValueError(
+            f"the planner state holds {values[head - 1]} streams, this run has {len(streams)}"
+        )
     for k, s in enumerate(streams):
         at = head + k * STREAM_STATE
         if tuple(values[at : at + 3]) != stream_identity(s):

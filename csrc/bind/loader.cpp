@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -64,6 +65,10 @@ uml::PlannerSpec planner_spec(const std::vector<StreamArgs>& streams,
 
 py::array_t<int64_t> to_array(std::span<const int64_t> values) {
   return py::array_t<int64_t>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+std::span<int64_t> span_of(py::array_t<int64_t>& out) {
+  return {out.mutable_data(), static_cast<size_t>(out.size())};
 }
 
 py::list plan_samples(const uml::PackPlan& plan, size_t regions) {
@@ -208,7 +213,13 @@ void bind_loader(py::module_& m) {
              self.loader.load({state.data(), static_cast<size_t>(state.size())});
            })
       .def("layout", [](BoundLoader& self, int slot) { return self.loader.layout(slot); })
-      .def("state", [](BoundLoader& self, int slot) { return to_array(self.loader.state(slot)); })
+      .def("save",
+           [](BoundLoader& self, py::array_t<int64_t>& out) { self.loader.save(span_of(out)); })
+      .def("copy_state",
+           [](BoundLoader& self, int slot, py::array_t<int64_t>& out) {
+             const std::span<const int64_t> state = self.loader.state(slot);
+             std::copy_n(state.begin(), std::min(state.size(), span_of(out).size()), out.mutable_data());
+           })
       .def("ready", [](BoundLoader& self) { return self.loader.ready(); })
       .def("stage", [](BoundLoader& self) { return self.loader.stage(); })
       .def("memory", &BoundLoader::memory)

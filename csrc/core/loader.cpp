@@ -93,6 +93,13 @@ void Loader::load(std::span<const int64_t> state) {
   planner_.load(state);
 }
 
+void Loader::save(std::span<int64_t> state) const {
+  if (state.size() != planner_.state_size()) {
+    throw std::invalid_argument("the array for the state has the wrong size");
+  }
+  planner_.save(state);
+}
+
 void Loader::enter(int slot, Phase phase) {
   std::lock_guard lock(mutex_);
   slots_[slot].phase = phase;

@@ -63,6 +63,9 @@ class Loader {
   // Drops what was made ahead, frees all slots and continues from a planner state.
   void load(std::span<const int64_t> state);
 
+  // The planner's state; only before the first acquire, later states belong to slots.
+  void save(std::span<int64_t> state) const;
+
   // Of an acquired slot: index of its layout, its samples, and the planner state right after it.
   int layout(int slot) const { return slots_[slot].plan.layout; }
   const PackPlan& plan(int slot) const { return slots_[slot].plan; }
