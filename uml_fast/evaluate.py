@@ -16,7 +16,7 @@ from uml_fast.cli import run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.source import Task
 from uml_fast.device import resolve_device
-from uml_fast.measure import embed, labelled, measure
+from uml_fast.measure import embeddings_and_labels, measure, pack_source
 from uml_fast.model.uml import Uml
 from uml_fast.report import print_table
 from uml_fast.run import read_config
@@ -61,12 +61,13 @@ def evaluate(folder: Path) -> Iterator[dict[str, Any]]:
     """For every finished trial: probe, head and error on the test samples, and 5-nearest-neighbour accuracy."""
     for mode, seed in finished_trials(folder):
         model, config, task = load_model(folder, mode, seed)
-        train, test = task.source(config.target), task.test
-        numbers = asdict(measure(model, config, task, train, test))
-        if (test.labels >= 0).any():
-            train, test = labelled(train), labelled(test)
-            k = min(5, len(train))
-            numbers["knn"] = knn(embed(model, train), train.labels, embed(model, test), test.labels, k=k)
+        device = resolve_device(config.device)
+        train, test = pack_source(task.source(config.target), device), pack_source(task.test, device)
+        numbers = asdict(measure(model, config, train, test, task.class_names))
+        if (task.test.labels >= 0).any():
+            known = embeddings_and_labels(model, train)
+            k = min(5, len(known[1]))
+            numbers["knn"] = knn(*known, *embeddings_and_labels(model, test), k=k)
         yield {"mode": mode, "seed": seed, "shots": None} | numbers
 
 

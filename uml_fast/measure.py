@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from uml_fast.analysis.probe import linear_probe
-from uml_fast.config import RunConfig
-from uml_fast.data.loader import iterate_once
-from uml_fast.data.source import Source, Task
+from uml_fast.config import MixConfig, RunConfig
+from uml_fast.data.loader import iterate_once, layouts_of
+from uml_fast.data.source import Source
 from uml_fast.model.uml import Encoded, Uml
 from uml_fast.objective import losses
 from uml_fast.pack import PackedBatch
@@ -33,89 +33,105 @@ class Measurement:
     """Mean prediction error (next_embedding)."""
 
 
+_EVALUATION_ROWS = 4096
+"""Rows of an evaluation pack, more where a sample is longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedSource:
+    """A source with its packs made, for being evaluated many times."""
+
+    source: Source
+    packs: tuple[PackedBatch, ...]
+    """Every sample once, in order."""
+
+
+def pack_source(source: Source, device: torch.device) -> PackedSource:
+    """Pack every sample of ``source`` once."""
+    rows = max(min(_EVALUATION_ROWS, len(source.rows)), 2 * int(source.lengths.max()))
+    (layout,) = layouts_of((source,), MixConfig(token_budget=rows))
+    return PackedSource(source, tuple(iterate_once(source, layout, device)))
+
+
 def _device(model: Uml) -> torch.device:
     return next(model.parameters()).device
 
 
 @torch.no_grad()
-def _encode(model: Uml, source: Source) -> Iterator[tuple[PackedBatch, Encoded, Tensor, Tensor]]:
-    """Packs of the source with their encoding, the slots that hold samples and those samples' indices."""
-    device = _device(model)
-    for batch in iterate_once(source):
-        used = batch.sample_S >= 0
-        samples = batch.sample_S[used].clone()
-        batch = batch.to(device)
-        yield batch, model(batch), used.to(device), samples
+def _encode(model: Uml, packed: PackedSource) -> Iterator[tuple[PackedBatch, Encoded, Tensor]]:
+    """Packs with their encoding and a mask (S,) of the slots that hold samples."""
+    for batch in packed.packs:
+        yield batch, model(batch), batch.sample_S >= 0
 
 
-def embed(model: Uml, source: Source) -> np.ndarray:
+def embed(model: Uml, packed: PackedSource) -> np.ndarray:
     """Embeddings (N, E) fp32 of all samples, in their order."""
-    out = np.empty((len(source), model.backbone.embedding_width), np.float32)
-    for _, encoded, used, samples in _encode(model, source):
-        out[samples.numpy()] = encoded.embedding_SE[used].cpu().numpy()
-    return out
+    parts = [encoded.embedding_SE[used].cpu() for _, encoded, used in _encode(model, packed)]
+    return torch.cat(parts).numpy()
 
 
-def head_accuracy(model: Uml, source: Source) -> float:
+def head_accuracy(model: Uml, packed: PackedSource) -> float:
     """Accuracy (0..1) of the shared head over the labelled samples."""
     right = 0
-    for batch, encoded, used, _ in _encode(model, source):
-        logits = model.logits(encoded.embedding_SE[used], source.name)
+    for batch, encoded, used in _encode(model, packed):
+        logits = model.logits(encoded.embedding_SE[used], packed.source.name)
         right += int((logits.argmax(1) == batch.label_S[used]).sum())
-    return right / max(1, int((source.labels >= 0).sum()))
+    return right / max(1, int((packed.source.labels >= 0).sum()))
 
 
 @torch.no_grad()
-def prediction_error(model: Uml, source: Source, config: RunConfig) -> float:
+def prediction_error(model: Uml, packed: PackedSource, config: RunConfig) -> float:
     """Prediction loss over all samples: the mean over packs, weighted by their rows."""
     total, rows = 0.0, 0
-    for batch in iterate_once(source):
+    for batch in packed.packs:
         n = int(batch.valid_T().sum())
-        total += n * float(losses(model, batch.to(_device(model)), config, None)[source.name])
+        total += n * float(losses(model, batch, config, None)[packed.source.name])
         rows += n
     return total / rows
 
 
-def labelled(source: Source) -> Source:
-    """The samples that have a label."""
-    if (source.labels >= 0).all():
-        return source
-    return source.select(np.flatnonzero(source.labels >= 0))
+def embeddings_and_labels(model: Uml, packed: PackedSource) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings (n, E) and classes (n,) of the labelled samples."""
+    has_label = packed.source.labels >= 0
+    return embed(model, packed)[has_label], packed.source.labels[has_label]
 
 
-def probe_accuracy(model: Uml, train: Source, test: Source, class_names: tuple[str, ...]) -> float:
+def probe_accuracy(model: Uml, train: PackedSource, test: PackedSource, class_names: tuple[str, ...]) -> float:
     """Linear probe (paper 1.2): fitted on embeddings of ``train``, accuracy on ``test``."""
-    train, test = labelled(train), labelled(test)
-    return linear_probe(
-        embed(model, train), train.labels, embed(model, test), test.labels, class_names=class_names
-    )
+    return linear_probe(*embeddings_and_labels(model, train), *embeddings_and_labels(model, test),
+                        class_names=class_names)  # fmt: skip
 
 
-def measure(model: Uml, config: RunConfig, task: Task, target_train: Source, test: Source) -> Measurement:
-    """All numbers the run asks for, on ``test``; ``target_train`` fits the probe."""
-    model.eval()
-    has_labels = bool((test.labels >= 0).any())
+def measure(
+    model: Uml, config: RunConfig, train: PackedSource, test: PackedSource, class_names: tuple[str, ...]
+) -> Measurement:
+    """All numbers the run asks for, on ``test``; ``train`` fits the probe."""
+    has_labels = bool((test.source.labels >= 0).any())
     predicts = config.objective.kind == "next_embedding"
     probes = config.eval.probe and has_labels
     return Measurement(
-        probe=probe_accuracy(model, target_train, test, task.class_names) if probes else None,
+        probe=probe_accuracy(model, train, test, class_names) if probes else None,
         head=head_accuracy(model, test) if has_labels and not predicts else None,
         error=prediction_error(model, test, config) if predicts else None,
     )
 
 
-def validation_metric(model: Uml, config: RunConfig, task: Task, target_train: Source) -> float:
-    """The run's metric on the validation samples."""
+def run_metric(
+    model: Uml, config: RunConfig, train: PackedSource, test: PackedSource, class_names: tuple[str, ...]
+) -> float:
+    """The number the run is judged by, on ``test``."""
     if config.metric == "head":
-        return head_accuracy(model, task.validation)
+        return head_accuracy(model, test)
     if config.metric == "error":
-        return prediction_error(model, task.validation, config)
-    return probe_accuracy(model, target_train, task.validation, task.class_names)
+        return prediction_error(model, test, config)
+    return probe_accuracy(model, train, test, class_names)
 
 
 def init_head(model: Uml, source: Source) -> None:
     """Set the shared head's rows to the class means of ``source`` (paper 1.4, "init")."""
     assert model.head is not None
-    source = labelled(source)
-    embedding = torch.from_numpy(embed(model, source)).to(_device(model))
-    model.head.set_class_means(embedding, torch.from_numpy(source.labels).long().to(_device(model)))
+    device = _device(model)
+    embedding, label = embeddings_and_labels(model, pack_source(source, device))
+    model.head.set_class_means(
+        torch.from_numpy(embedding).to(device), torch.from_numpy(label).long().to(device)
+    )

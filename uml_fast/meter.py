@@ -62,16 +62,16 @@ class Meter:
         """Rates since the last lap; begins the next one."""
         now, stats, before = time.perf_counter(), self.loader.stats(), self.before
         seconds = now - self.started
-        rows = {name: stats.rows[name] - before.rows[name] for name in stats.rows}
-        samples = sum(stats.samples.values()) - sum(before.samples.values())
-        useful = sum(self.flops[name] * n for name, n in rows.items()) / seconds
-        capacity = stats.capacity - before.capacity
+        tokens = {name: stats[f"tokens/{name}"] - before[f"tokens/{name}"] for name in self.flops}
+        samples = sum(stats[f"samples/{name}"] - before[f"samples/{name}"] for name in self.flops)
+        useful = sum(self.flops[name] * n for name, n in tokens.items()) / seconds
         out = {
-            "tokens_per_s": sum(rows.values()) / seconds,
+            "tokens_per_s": sum(tokens.values()) / seconds,
             "samples_per_s": samples / seconds,
             "mfu": useful / self.peak,
-            "stall_pct": 100 * (stats.stall_s - before.stall_s) / seconds,
-            "fill_pct": 100 * sum(rows.values()) / max(1, capacity),
+            "stall_pct": 100 * (stats["stall_s"] - before["stall_s"]) / seconds,
+            "fill_pct": 100 * stats["fill"],
+            "queue_occupancy": stats["occupancy"],
         }
         if self.datasheet:
             out["mfu_datasheet"] = useful / self.datasheet

@@ -12,16 +12,15 @@ from torch import Tensor
 
 from uml_fast import checkpoint
 from uml_fast.config import ConfigError, MixConfig, RunConfig
-from uml_fast.data.loader import Loader
-from uml_fast.data.source import Source, Task
+from uml_fast.data.loader import Loader, layouts_of
+from uml_fast.data.source import Task
 from uml_fast.device import resolve_device, resolve_dtype
 from uml_fast.log import RunLog
-from uml_fast.measure import init_head, measure, validation_metric
+from uml_fast.measure import init_head, measure, pack_source, run_metric
 from uml_fast.meter import Meter
 from uml_fast.model.uml import Uml
 from uml_fast.optim import learning_rate, load_optimizer_tensors, optimizer_tensors
 from uml_fast.pack import Layout
-from uml_fast.schedule import Stream, make_layouts
 from uml_fast.step import StepResult, TrainStep
 
 logger = logging.getLogger("uml_fast")
@@ -35,15 +34,9 @@ class Stopped(Exception):
     """The trial was asked to stop and has saved a checkpoint."""
 
 
-def streams_of(config: RunConfig, sources: tuple[Source, ...]) -> tuple[Stream, ...]:
-    """What the planner needs to know of the sources."""
-    return tuple(
-        Stream(
-            name=s.name, lengths=s.lengths, share=config.modality(s.name).share,
-            row_elems=s.rows.shape[1], dtype=s.rows.dtype.name, is_target=s.name == config.target,
-        )
-        for s in sources
-    )  # fmt: skip
+def shares_of(config: RunConfig) -> dict[str, float]:
+    """Part of each modality in the token mix."""
+    return {m.name: m.share for m in config.modalities}
 
 
 def plan_mix(config: RunConfig, mode: str, seed: int) -> tuple[MixConfig, tuple[Layout, ...]]:
@@ -51,13 +44,13 @@ def plan_mix(config: RunConfig, mode: str, seed: int) -> tuple[MixConfig, tuple[
 
     A unimodal pack has as many target rows as a UML pack, so that both modes see the same target data per step.
     """
-    joint = make_layouts(streams_of(config, config.data.load(seed, "uml").train), config.mix)
+    sources = config.data.load(seed, "uml").train
+    joint = layouts_of(sources, config.mix, shares_of(config), config.target)
     if mode == "uml":
         return config.mix, joint
     rows = next(r.rows for layout in joint for r in layout.regions if r.name == config.target)
     mix = MixConfig(policy="joint", token_budget=rows)
-    alone = config.for_mode(mode)
-    return mix, make_layouts(streams_of(alone, config.data.load(seed, mode).train), mix)
+    return mix, layouts_of(config.data.load(seed, mode).train, mix)
 
 
 def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
@@ -89,10 +82,11 @@ class Trial:
         self.mode, self.seed, self.folder = mode, seed, folder
         self.device = resolve_device(config.device)
         self.task = config.data.load(seed, mode)
-        self.target = self.task.source(config.target)
         self.mix, self.layouts = plan_mix(run_config, mode, seed)
         self.model = build_model(config, self.task, seed).to(self.device)
         self.train_step = TrainStep(self.model, config, seed)
+        self.target = pack_source(self.task.source(config.target), self.device)
+        self.validation = pack_source(self.task.validation, self.device)
         self.step = 0
         self.best: dict[str, Any] = {"metric": None, "step": 0, "failures": 0}
         self.best_weights: dict[str, Tensor] = {}
@@ -114,13 +108,12 @@ class Trial:
             TrainingError: the loss is not finite.
         """
         config = self.config
-        streams = streams_of(config, self.task.train)
-        with Loader(self.task.train, streams, self.layouts, self.mix, self.seed, self.device) as loader:
+        with self._loader() as loader:
             self._resume(loader)
             log.begin(self.mode, self.seed, resumed_step=self.step)
             meter = Meter(self.model, config, self.task.train, loader, self.device)
             while self.step < config.steps and not self._is_patience_over():
-                batch = next(loader)
+                batch, _ = next(loader)
                 result = self.train_step(batch, self.step)
                 self.unchecked.append((self.step, result.loss, batch.layout, batch.sample_S.clone()))
                 self.step += 1
@@ -141,6 +134,12 @@ class Trial:
                     raise Stopped
         log.end()
         return self._result()
+
+    def _loader(self) -> Loader:
+        return Loader(
+            self.task.train, self.layouts, self.mix, self.seed,
+            shares=shares_of(self.config), target=self.config.target, device=self.device,
+        )  # fmt: skip
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -176,9 +175,7 @@ class Trial:
 
     def _validate(self) -> float:
         """The metric on the validation samples; remembers the best weights where patience is set."""
-        self.model.eval()
-        value = validation_metric(self.model, self.config, self.task, self.target)
-        self.model.train()
+        value = run_metric(self.model, self.config, self.target, self.validation, self.task.class_names)
         if self.config.eval.patience:
             sign = -1 if self.config.metric == "error" else 1
             if self.best["metric"] is None or sign * value > sign * self.best["metric"]:
@@ -219,7 +216,8 @@ class Trial:
     def _result(self) -> dict[str, Any]:
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
-        measured = measure(self.model, self.config, self.task, self.target, self.task.test)
+        test = pack_source(self.task.test, self.device)
+        measured = measure(self.model, self.config, self.target, test, self.task.class_names)
         return {
             "mode": self.mode, "seed": self.seed, "shots": None, "steps": self.step,
             "probe": measured.probe, "head": measured.head, "error": measured.error,

@@ -18,13 +18,13 @@ from types import ModuleType
 from uml_fast.config import ConfigError, RunConfig
 
 RECIPES = {
-    "arithmetic": "uml_fast.recipes.arithmetic:arithmetic",
+    "numbers": "uml_fast.recipes.numbers:numbers",
     "gaussian": "uml_fast.recipes.gaussian:gaussian",
     "throughput": "uml_fast.recipes.throughput:throughput",
 }
 """Name of each recipe -> where its function is."""
 
-DEFAULT = "arithmetic"
+DEFAULT = "numbers"
 """Recipe of a run that names none."""
 
 
