@@ -1,4 +1,10 @@
-"""The paper's linear-Gaussian experiment (section 3.1, appendix E.14), in seconds on one core."""
+"""The paper's linear-Gaussian experiment (section 3.1, appendix E.14), in seconds on one core.
+
+The paper gives no learning rate, batch or number of steps; its figure ends near step 500, and so
+does this run. The learning rate is the best one for X alone at that length. What UML gains here is
+time: X alone reaches the same error after about four times the steps, and PCA of the same X
+samples, the table's baseline, is below both.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +34,7 @@ def gaussian() -> RunConfig:
         backbone=BottleneckConfig(),
         objective=ObjectiveConfig(kind="next_embedding"),
         mix=MixConfig(token_budget=2 * 512),
-        optim=OptimConfig(kind="adam", lr=3e-3, weight_decay=0.0, schedule="constant"),
+        optim=OptimConfig(kind="adam", lr=5e-3, weight_decay=0.0, schedule="constant"),
         eval=EvalConfig(probe=False, every=25),
         checkpoint=CheckpointConfig(every=0, keep=1),
         metric="error",
