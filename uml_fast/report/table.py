@@ -44,7 +44,7 @@ class Metric:
     def text(self, value: float, sign: str = "") -> str:
         """A value; ``sign`` ``+`` shows its sign."""
         if self.lower_is_better:
-            return f"{value:{sign}.4g}"
+            return f"{value:{sign}.3g}"
         return f"{100 * value:{sign}.1f}"
 
     def interval(self, entry: Mapping[str, Any], sign: str = "") -> str:
