@@ -18,7 +18,7 @@ LAYERS = (
     ("config", "_native", "_native_cuda"),
     ("native", "device"),
     ("kernels",),
-    ("pack", "schedule", "flops"),
+    ("pack", "layout", "schedule", "flops"),
     ("modalities",),
     ("model", "objective", "compat"),
     ("data",),

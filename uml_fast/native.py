@@ -62,7 +62,7 @@ def reason() -> str:
 
 
 def cuda_module() -> ModuleType | None:
-    """The CUDA extension, or None. It is also there on machines without a GPU; ask ``device_count()``."""
+    """The CUDA extension, or None. It may be there without a GPU; ask its ``device_count()``."""
     return _native_cuda()[0]
 
 

@@ -1,15 +1,16 @@
-"""Which samples go into which pack: the readable definition of the planner that ``csrc/core/planner.cpp`` repeats.
+"""Which samples go into which pack: the readable definition that ``csrc/core/planner.cpp`` repeats.
 
-Both give the same plans, bit for bit; this one also runs where the extension is missing. All decisions are made
-on integers and IEEE doubles in a fixed order of operations.
+Both give the same plans, bit for bit; this one also runs where the extension is missing. All
+decisions are made on integers and IEEE doubles in a fixed order of operations.
 
-Order of a stream: epoch ``e`` visits samples by ``hash64(seed, stream, e, i)``, ties by ``i``. A window holds the
-next 64 of them. A region takes the oldest first, then the one or two of the window that bring it nearest to its
-target, and never a sample of the next epoch before the last of this one. So no sample is ever handed out twice
-more often than another.
+Order of a stream: epoch ``e`` visits samples by ``hash64(seed, stream, e, i)``, ties by ``i``. A
+window holds the next 64 of them. A region takes the oldest first, then the one or two of the window
+that bring it nearest to its target, and never a sample of the next epoch before the last of this
+one. So no sample is ever handed out twice more often than another.
 
-Ratio: the region with the coarsest samples sets the pace, ``quota`` rows a pack ahead of the modality furthest
-behind, and the others follow what it reached. So the totals stay proportional to the shares whatever the lengths.
+Ratio: the region with the coarsest samples sets the pace, one quota ahead of the modality furthest
+behind, and the others follow what it reached. So the totals stay proportional to the shares
+whatever the lengths.
 """
 
 from __future__ import annotations
@@ -20,36 +21,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uml_fast.config import ConfigError, MixConfig, require
+from uml_fast.config import MixConfig, require
+from uml_fast.layout import RegionRule, make_rules
+from uml_fast.layout import Stream as Stream
+from uml_fast.layout import make_layouts as make_layouts
 from uml_fast.pack import Layout, Region, padding_slots
 
 WINDOW = 64
 """Samples of each stream that a pack can choose from."""
-SLACK = 0.01
-"""Rows of a region above its quota, so that a modality that fell behind can catch up."""
-ENOUGH_FILL = 0.97
-"""Valid rows per row of a layout above which a layout with more rows is preferred to a fuller one."""
-ROW_ALIGN = 8
-"""Regions are a multiple of this many rows, which keeps every slice of a pack aligned."""
 STATE_FORMAT = 1
 """Version of a planner's state: a list of integers, a header and one part per stream."""
 STATE_HEADER = 7
-"""Integers of the header: format, seed, rank, world, packs, whether warming up, number of streams."""
+"""Integers of the header: format, seed, rank, world, packs, is warming up, number of streams."""
 STREAM_STATE = 8 + 2 * WINDOW
-"""Integers of one stream: key, samples, rows; epoch, cursor, rows of this phase, samples and rows so far; window."""
+"""Integers of a stream: key, samples and rows it has; epoch, cursor, rows of this phase, samples
+and rows so far; epoch and index of each sample in the window."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
 def mix64(z: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 on uint64 values: a bijection whose output bits look independent."""
+    """The finaliser of splitmix64, a bijection of uint64 values."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def hash64(seed: int, stream: int, epoch: int, index: np.ndarray) -> np.ndarray:
-    """uint64 hash of (seed, stream, epoch, index[i]): ``h = mix64(h + golden * (x + 1))`` over the four, from h = 0."""
+    """uint64 hash of (seed, stream, epoch, index[i]).
+
+    ``h = mix64(h + golden * (x + 1))`` over the four values x, from h = 0, modulo 2**64.
+    """
     h = np.zeros(1, np.uint64)
     for x in (seed, stream, epoch):
         h = mix64(h + np.uint64((_GOLDEN * (x + 1)) & _MASK))
@@ -62,229 +64,6 @@ def stream_key(name: str) -> int:
     for byte in name.encode():
         h = ((h ^ byte) * 0x100000001B3) & _MASK
     return h
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Stream:
-    """What the planner knows of one modality: lengths, never contents.
-
-    Raises:
-        ConfigError: no samples, an empty sample, or a share that is not positive.
-    """
-
-    name: str
-    """Modality."""
-    lengths: np.ndarray
-    """int64 (n,) rows of each sample."""
-    share: float = 1.0
-    """Part in the token mix, relative to the other streams."""
-    is_target: bool = False
-    """Whether this is the modality that is evaluated; policy warmup divides the streams by it."""
-    row_elems: int = 1
-    """Elements of one raw row."""
-    dtype: str = "float32"
-    """numpy name of the raw element type."""
-
-    def __post_init__(self) -> None:
-        require(
-            len(self.lengths) >= 1,
-            f"{self.name} has no samples; give it data or take it out of the run",
-        )
-        require(
-            int(self.lengths.min()) >= 1, f"{self.name} sample {self.lengths.argmin()} has no rows"
-        )
-        require(self.share > 0, f"{self.name}.share is {self.share}; it must be positive")
-
-    @property
-    def longest(self) -> int:
-        """Rows of the longest sample."""
-        return int(self.lengths.max())
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether all samples have the same length."""
-        return int(self.lengths.min()) == self.longest
-
-    @property
-    def mean_length(self) -> int:
-        """Mean rows of a sample, rounded down."""
-        return int(self.lengths.sum()) // len(self.lengths)
-
-    def rows_for(self, quota: float) -> int:
-        """Rows of a region that takes ``quota`` rows a pack on average."""
-        if self.is_constant:
-            need = max(1, math.ceil(quota / self.longest - 1e-9)) * self.longest
-        else:
-            need = math.ceil(quota * (1 + SLACK) - 1e-9)
-        return -(-need // ROW_ALIGN) * ROW_ALIGN
-
-    def quota_of(self, rows: int) -> float:
-        """The largest quota a region of ``rows`` rows is for."""
-        if self.is_constant:
-            return float(rows // self.longest * self.longest)
-        return rows / (1 + SLACK)
-
-    def slots_for(self, rows: int) -> int:
-        """Segment slots for ``rows`` rows: the mean number of samples plus four standard deviations."""
-        mean = float(self.lengths.mean())
-        spread = math.sqrt(rows * float(self.lengths.var()) / mean**3)
-        most = -(-rows // int(self.lengths.min()))
-        return max(2, min(most, math.ceil(rows / mean + 4 * spread) + 2))
-
-
-def bucket(length: int) -> int:
-    """``length`` rounded up to a multiple of 8, with four buckets an octave above 64."""
-    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
-def _layout(streams: Sequence[Stream], token_budget: int) -> Layout:
-    """The layout whose regions take rows in proportion to the shares and use the budget best."""
-
-    def rows_at(pace: float) -> list[int]:
-        return [s.rows_for(pace * s.share) for s in streams]
-
-    total_share = sum(s.share for s in streams)
-    low, high = 0.0, token_budget / total_share
-    for _ in range(64):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(rows_at(middle)) <= token_budget else (low, middle)
-    paces = [low] + [
-        s.longest * k / s.share
-        for s in streams
-        if s.is_constant
-        for k in range(1, int(low * s.share / s.longest) + 1)
-    ]
-    candidates = [(pace, rows_at(pace)) for pace in paces]
-    longest = [s.longest for s in streams]
-    fitting = [c for c in candidates if all(r >= n for r, n in zip(c[1], longest, strict=True))]
-    if not fitting or sum(fitting[0][1]) > token_budget:
-        s = max(streams, key=lambda s: s.longest / s.share)
-        least = max(
-            (s.longest if s.is_constant else s.quota_of(bucket(s.longest))) / s.share
-            for s in streams
-        )
-        raise ConfigError(
-            f"{s.name}: sample {int(s.lengths.argmax())} has {s.longest} rows, but this modality's part of "
-            f"mix.token_budget={token_budget} is {int(token_budget * s.share / total_share)} rows; "
-            f"set mix.token_budget to at least {sum(rows_at(least))} or raise {s.name}.share"
-        )
-    fills = [pace * total_share / sum(rows) for pace, rows in fitting]
-    enough = min(ENOUGH_FILL, max(fills))
-    _, rows = max(x for x, fill in zip(fitting, fills, strict=True) if fill >= enough)
-    return Layout(
-        tuple(
-            Region(
-                name=s.name, rows=r, slots=s.slots_for(r), row_elems=s.row_elems, dtype=s.dtype,
-                max_len=bucket(s.longest),
-            )
-            for s, r in zip(streams, rows, strict=True)
-        )
-    )  # fmt: skip
-
-
-def make_layouts(streams: Sequence[Stream], mix: MixConfig) -> tuple[Layout, ...]:
-    """The fixed shapes of a run's packs: one for ``joint``, one per stream for ``alternate``, two for ``warmup``.
-
-    The joint layout is always the last; with ``warmup`` the one of the first side alone comes before it.
-    A run of the target alone that shall see as many target rows per pack takes the rows of the target's region
-    of the joint layout as its ``token_budget``; it then gets a region of exactly that many rows.
-
-    Raises:
-        ConfigError: a sample is longer than its modality's part of the budget; says which budget would do.
-    """
-    if mix.policy == "alternate":
-        return tuple(_layout([s], mix.token_budget) for s in streams)
-    joint = _layout(streams, mix.token_budget)
-    first = _first_side(streams, mix)
-    return (_layout(first, mix.token_budget), joint) if first else (joint,)
-
-
-def _first_side(streams: Sequence[Stream], mix: MixConfig) -> list[Stream]:
-    """Streams that go first under ``warmup``; empty where the policy has nothing to separate."""
-    if mix.policy != "warmup":
-        return []
-    first = [s for s in streams if s.is_target == (mix.warmup_first == "target")]
-    return first if len(first) < len(streams) else []
-
-
-@dataclass(frozen=True, slots=True)
-class RegionRule:
-    """How the planner fills one region."""
-
-    stream: int
-    rows: int
-    slots: int
-    max_len: int
-    reserve: int
-    """Rows kept for the one or two samples that close the gap."""
-    close: int
-    """Gap in rows that is small enough for a single sample; pairs would use up the short ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayoutRule:
-    """How the planner fills one layout."""
-
-    regions: tuple[RegionRule, ...]
-    order: tuple[int, ...]
-    """Regions in the order they are filled: the one that sets the pace first."""
-    pace: float
-    """Rows per unit of share that a pack adds."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """Everything the planner needs beside the lengths; both implementations get the same values."""
-
-    policy: str
-    layouts: tuple[LayoutRule, ...]
-    first_side: tuple[int, ...]
-    warmup_epochs: float
-
-
-def make_rules(streams: Sequence[Stream], layouts: Sequence[Layout], mix: MixConfig) -> Rules:
-    """Derive the planner's rules, checking that every sample fits its regions.
-
-    Raises:
-        ConfigError: a region of an unknown modality, or too small for one of its samples.
-    """
-    names = [s.name for s in streams]
-    require(len(set(names)) == len(names), f"stream names are not unique: {names}")
-
-    def rule(layout: Layout) -> LayoutRule:
-        regions, paces, grain = [], [], []
-        for r in layout.regions:
-            require(
-                r.name in names,
-                f"the layout has a region for {r.name!r}, but there is no such stream in {names}",
-            )
-            s = streams[names.index(r.name)]
-            room = min(r.rows, r.max_len)
-            require(
-                s.longest <= room and r.slots >= 1 + padding_slots(r.rows - s.longest, r.max_len),
-                f"{r.name}: sample {int(s.lengths.argmax())} has {s.longest} rows; its region takes "
-                f"samples of up to {room} rows in {r.rows} rows and {r.slots} slots",
-            )
-            regions.append(
-                RegionRule(
-                    names.index(r.name),
-                    r.rows,
-                    r.slots,
-                    r.max_len,
-                    2 * s.mean_length,
-                    r.rows // 128,
-                )
-            )
-            paces.append(s.quota_of(r.rows) / s.share)
-            grain.append((s.longest if s.is_constant else s.mean_length / 4) / s.share)
-        order = sorted(range(len(regions)), key=lambda m: -grain[m])
-        return LayoutRule(tuple(regions), tuple(order), min(paces))
-
-    first = tuple(names.index(s.name) for s in _first_side(streams, mix))
-    count = {"joint": 1, "alternate": len(streams), "warmup": 2 if first else 1}[mix.policy]
-    require(len(layouts) == count, f"policy {mix.policy} takes {count} layouts, got {len(layouts)}")
-    return Rules(mix.policy, tuple(rule(x) for x in layouts), first, mix.warmup_epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,8 +115,9 @@ class _Queue:
         return i
 
     def group(self, rem: int, room: int, count: int, rule: RegionRule) -> tuple[int, ...]:
-        """Window positions of the one or two samples that leave the least of ``rem``; () where none helps."""
-        best, choice = abs(rem), ()  # type: tuple[int, tuple[int, ...]]
+        """Window positions of the one or two samples that leave least of ``rem``; maybe none."""
+        best = abs(rem)
+        choice: tuple[int, ...] = ()
         if best == 0:
             return choice
         epoch = self.window[0][0]
@@ -385,7 +165,7 @@ class Planner:
     ``rank`` of ``world`` takes every ``world``-th sample of the common order.
 
     Raises:
-        ConfigError: a sample does not fit its region, or a stream has fewer samples than there are ranks.
+        ConfigError: a sample does not fit its region, or a stream has fewer samples than ranks.
     """
 
     def __init__(
@@ -456,7 +236,7 @@ class Planner:
         """Continue where ``state_dict`` was taken.
 
         Raises:
-            ValueError: the state is of other data, another seed or another rank; the message says which.
+            ValueError: the state is of other data, another seed or another rank; says which.
         """
         streams = [q.stream for q in self._queues]
         values = check_state(state, streams, self._identity)
@@ -514,8 +294,9 @@ def check_state(
         at = head + k * STREAM_STATE
         if tuple(values[at : at + 3]) != stream_identity(s):
             raise ValueError(
-                f"the planner state was saved with other data for {s.name}: {values[at + 1]} samples, "
-                f"{values[at + 2]} rows; this run has {len(s.lengths)} and {int(s.lengths.sum())}"
+                f"the planner state was saved with other data for {s.name}: "
+                f"{values[at + 1]} samples of {values[at + 2]} rows in total; "
+                f"this run has {len(s.lengths)} of {int(s.lengths.sum())}"
             )
     return values
 
@@ -533,7 +314,7 @@ def sequential_plan(lengths: np.ndarray, region: Region) -> Iterator[np.ndarray]
     for i, n in enumerate(lengths.tolist()):
         require(
             n <= room and region.slots >= 1 + padding_slots(region.rows - n, region.max_len),
-            f"{region.name}: sample {i} has {n} rows; its region takes samples of up to {room} rows",
+            f"{region.name}: sample {i} has {n} rows; its region takes up to {room}",
         )
         rest = region.rows - rows - n
         if rest < 0 or i - first + 1 + padding_slots(rest, region.max_len) > region.slots:

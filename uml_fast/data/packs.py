@@ -1,0 +1,225 @@
+"""Where packs come from: the extension's threads, or the readable reference.
+
+A slot is one block of memory that holds a whole pack. The tensors of a native batch are views of
+its slot, made once per slot and layout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from uml_fast import native
+from uml_fast.data.source import Source
+from uml_fast.layout import Rules, Stream
+from uml_fast.pack import Layout, PackedBatch, pack_samples
+from uml_fast.schedule import STATE_HEADER, STREAM_STATE, Planner, stream_key
+
+_POLL_S = 0.2
+"""Seconds between looks at Ctrl-C while a pack is awaited."""
+
+
+def planner_args(
+    streams: Sequence[Stream], rules: Rules, seed: int, rank: int, world: int
+) -> dict[str, Any]:
+    """The planner's arguments in the form the extension takes."""
+
+    def offsets(s: Stream) -> np.ndarray:
+        return np.concatenate([[0], np.cumsum(s.lengths)]).astype(np.int64)
+
+    layouts = [
+        (
+            [(r.stream, r.rows, r.slots, r.max_len, r.reserve, r.close) for r in layout.regions],
+            list(layout.order),
+            layout.pace,
+        )
+        for layout in rules.layouts
+    ]
+    return {
+        "streams": [(stream_key(s.name), offsets(s), s.share) for s in streams],
+        "layouts": layouts,
+        "policy": rules.policy,
+        "first_side": list(rules.first_side),
+        "warmup_epochs": rules.warmup_epochs,
+        "seed": seed,
+        "rank": rank,
+        "world": world,
+    }
+
+
+def assemble(
+    layout: Layout, sources: Mapping[str, Source], samples: Sequence[np.ndarray]
+) -> PackedBatch:
+    """The pack of the given samples (per region int64 indices), in newly allocated memory."""
+    names = [r.name for r in layout.regions]
+    chosen = dict(zip(names, samples, strict=True))
+    batch = pack_samples(
+        layout,
+        {name: [sources[name].sample(i) for i in index] for name, index in chosen.items()},
+        {name: sources[name].labels[index].tolist() for name, index in chosen.items()},
+    )
+    for m, index in enumerate(samples):
+        first = layout.slot_slice(m).start
+        batch.sample_S[first : first + len(index)] = torch.from_numpy(index)
+    return batch
+
+
+class Packs(Protocol):
+    """Where packs come from: the native loader or the reference."""
+
+    state: np.ndarray
+    """int64, the planner's state after the last pack handed out."""
+
+    def next(self) -> tuple[PackedBatch, int]: ...
+    def release(self) -> None: ...
+    def load(self, state: np.ndarray) -> None: ...
+    def ready(self) -> int: ...
+    def close(self) -> None: ...
+
+
+class ReferencePacks:
+    """Packs made when they are asked for."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        sources: Sequence[Source],
+        layouts: Sequence[Layout],
+        device: torch.device,
+    ):
+        self._planner, self._layouts, self._device = planner, layouts, device
+        self._sources = {s.name: s for s in sources}
+        self.state = np.array(planner.state_dict()["planner"], np.int64)
+
+    def next(self) -> tuple[PackedBatch, int]:
+        plan = self._planner.next()
+        batch = assemble(self._layouts[plan.layout], self._sources, plan.samples)
+        self.state = np.array(self._planner.state_dict()["planner"], np.int64)
+        return batch.to(self._device), plan.layout
+
+    def release(self) -> None:
+        """Nothing to give back: each batch has its own memory."""
+
+    def load(self, state: np.ndarray) -> None:
+        self._planner.load_state_dict({"planner": state.tolist()})
+        self.state = state
+
+    def ready(self) -> int:
+        return 0
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class _DeviceBytes:
+    """A slot's memory on a CUDA device, in the form torch reads without copying."""
+
+    def __init__(self, address: int, size: int, owner: object) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__ = {
+            "shape": (size,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "strides": None,
+            "version": 3,
+        }
+
+
+class NativePacks:
+    """Packs made ahead by the extension's threads."""
+
+    def __init__(
+        self,
+        extension: ModuleType,
+        args: dict[str, Any],
+        sources: Sequence[Source],
+        layouts: Sequence[Layout],
+        device: torch.device,
+        slots: int,
+        threads: int,
+        timeout_s: float,
+    ) -> None:
+        self._layouts, self._device, self._timeout_s = layouts, device, timeout_s
+        cuda = native.cuda_module() if device.type == "cuda" else None
+        self._is_direct = cuda is not None or device.type == "cpu"
+        index = device.index if device.index is not None else 0
+        self._loader = extension.Loader(
+            **args,
+            sources=[(s.rows.view(np.uint8).reshape(-1), s.labels) for s in sources],
+            device=extension.HostDevice() if cuda is None else cuda.CudaDevice(index),
+            slots=slots,
+            threads=threads,
+        )
+        self._on_cuda = cuda is not None
+        self._batches: dict[tuple[int, int], PackedBatch] = {}
+        self._held: int | None = None
+        self.state = np.empty(STATE_HEADER + len(sources) * STREAM_STATE, np.int64)
+        self._loader.save(self.state)
+
+    def next(self) -> tuple[PackedBatch, int]:
+        self.release()
+        deadline = time.monotonic() + self._timeout_s
+        while (slot := self._loader.acquire(_POLL_S, self._stream())) is None:
+            if time.monotonic() > deadline:
+                stage = self._loader.stage()
+                raise TimeoutError(
+                    f"no pack for {self._timeout_s:g} s; the loader hangs in: {stage}"
+                )
+        self._held = slot
+        self._loader.copy_state(slot, self.state)
+        layout = self._loader.layout(slot)
+        batch = self._batches.get((slot, layout))
+        if batch is None:
+            batch = self._batches[slot, layout] = self._view(slot, layout)
+        return batch if self._is_direct else batch.to(self._device, non_blocking=False), layout
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream(self._device).cuda_stream if self._on_cuda else 0
+
+    def _view(self, slot: int, index: int) -> PackedBatch:
+        host = self._loader.memory(slot)
+        if self._on_cuda:
+            memory = torch.as_tensor(
+                _DeviceBytes(self._loader.device_address(slot), len(host), host),
+                device=self._device,
+            )
+        else:
+            memory = torch.from_numpy(host)
+        layout = self._layouts[index]
+        parts = [memory[first : first + size] for first, size in self._loader.fields(index)]
+
+        def raw(part: Tensor, dtype: str, elems: int) -> Tensor:
+            return part.view(getattr(torch, dtype)).view(-1, elems)
+
+        count = len(layout.regions)
+        rows = tuple(
+            raw(p, r.dtype, r.row_elems) for p, r in zip(parts, layout.regions, strict=False)
+        )
+        offsets, modality, label, sample, position, segment = parts[count:]
+        i32, i64 = torch.int32, torch.int64
+        return PackedBatch(
+            layout, rows, offsets.view(i32), modality.view(i32), label.view(i32), sample.view(i64),
+            position.view(i32), segment.view(i32),
+        )  # fmt: skip
+
+    def release(self) -> None:
+        if self._held is not None:
+            slot, self._held = self._held, None
+            self._loader.release(slot, self._stream())
+
+    def load(self, state: np.ndarray) -> None:
+        self._held = None
+        self._loader.load(state)
+        self.state = state
+
+    def ready(self) -> int:
+        return self._loader.ready()
+
+    def close(self) -> None:
+        self._loader.close()
