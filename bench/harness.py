@@ -2,8 +2,7 @@
 
 Traps this file avoids:
 - A shared machine drifts by tens of percent within minutes, so providers take turns, one round
-  each, and the order
-  turns round every time; sequential blocks would measure the drift.
+  each, and the order turns round every time; sequential blocks would measure the drift.
 - The first rounds pay for allocation, page faults and lazy initialisation; they are thrown away.
 - Means follow the worst neighbour on the machine; p20, p50 and p80 are reported.
 - A collection in the middle of a round costs milliseconds; the collector is off meanwhile.
@@ -46,6 +45,7 @@ def measure(
     *,
     rounds: Mapping[str, int],
     warmup_rounds: int = 2,
+    budget_s: float = 120.0,
     synchronize: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each round of each provider, taken in turns.
@@ -54,6 +54,8 @@ def measure(
         steps: what one round of a provider does.
         rounds: rounds of each provider; one with fewer takes its turns spread over the whole run.
         warmup_rounds: rounds of each provider before the first that counts.
+        budget_s: wall-clock seconds after which no turn begins, once every provider has three
+            rounds; a busy machine then gives fewer rounds, which the rows say.
         synchronize: waits until the device is idle.
     """
     for step in steps.values():
@@ -65,7 +67,11 @@ def measure(
     gc.collect()
     gc.disable()
     try:
+        begun = time.perf_counter()
         for turn in range(turns):
+            has_enough = all(len(s) >= min(3, rounds[name]) for name, s in seconds.items())
+            if has_enough and time.perf_counter() - begun > budget_s:
+                break
             for name in list(steps) if turn % 2 == 0 else list(reversed(steps)):
                 if (turn + 1) * rounds[name] // turns == turn * rounds[name] // turns:
                     continue

@@ -130,6 +130,13 @@ def test_providers_take_turns() -> None:
     assert [len(seconds["a"]), len(seconds["b"])] == [4, 2]
 
 
+def test_a_spent_budget_ends_after_three_rounds_each() -> None:
+    steps = {"a": lambda: None, "b": lambda: None}
+    seconds = harness.measure(steps, rounds={"a": 40, "b": 10}, warmup_rounds=0, budget_s=0.0)
+    assert len(seconds["b"]) == 3
+    assert len(seconds["a"]) < 20
+
+
 def test_recorded_clock_replays_durations() -> None:
     clock = harness.RecordedClock()
     clock.load([0.5, 0.25])
