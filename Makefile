@@ -36,7 +36,7 @@ help:
 demo: $(INSTALLED)
 	python -m uml_fast.train gaussian
 	python -m uml_fast.train
-	@echo "reports: runs/gaussian/report.html and runs/arithmetic/report.html"
+	@echo "reports: runs/gaussian/report.html and runs/numbers/report.html"
 
 # One thread per worker: two workers with one thread each beat one worker with two.
 test: ctest

@@ -95,7 +95,7 @@ def test_default_recipe_is_used_where_none_is_named(
     monkeypatch.setattr(cli, "load_recipe", load)
     assert cli.parse(["--steps", "3"], "train").steps == 3
     assert cli.parse([], "train") == tiny
-    assert asked == ["arithmetic", "arithmetic"]
+    assert asked == [recipes.DEFAULT, recipes.DEFAULT]
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -113,7 +113,7 @@ def test_unknown_names_get_the_nearest(recipe: str, capsys: pytest.CaptureFixtur
     path = recipe.removesuffix(":tiny")
     for arguments, expected in (
         (["gausian"], "unknown recipe 'gausian'; did you mean gaussian?"),
-        (["zzz"], "there are: arithmetic, gaussian, throughput. Your own recipe is path/to"),
+        (["zzz"], "there are: numbers, gaussian, throughput. Your own recipe is path/to"),
         ([f"{path}:tinny"], "unknown function 'tinny'; did you mean tiny?"),
         ([path], "add the function that returns the run"),
         ([f"{path}:wrong"], "returned int; it must return RunConfig"),
