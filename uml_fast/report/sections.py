@@ -56,8 +56,8 @@ def comparison(summary: Mapping[str, Any]) -> str:
     )
     return (
         f"<h2>Unimodal against UML</h2><p>{escape(metric_of(summary).title.capitalize())}, "
-        "measured on the test data of the target modality. Both modes share target data, steps and "
-        "seeds; the interval is that of the paired difference (Student t over seeds).</p>"
+        "measured on the test data of the target modality. Both modes have the same seeds; the "
+        "interval is that of the paired difference (Student t over seeds).</p>"
         + _table(head, body, "comparison")
     )
 
