@@ -53,7 +53,7 @@ def load_recipe(name: str) -> RunConfig:
     elif name.endswith(".py"):
         raise ConfigError(f"{name} is a file; add the function that returns the run: {name}:NAME")
     else:
-        hint = ". Your own recipe is path/to/recipe.py:function"
+        hint = " (your own recipe is path/to/recipe.py:function)"
         raise ConfigError(unknown("recipe", name, RECIPES) + hint)
     config = recipe()
     if not isinstance(config, RunConfig):
