@@ -114,32 +114,6 @@ void copy_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, float s
   }
 }
 
-// Transposes kWidth vectors in place.
-UML_INLINE void transpose(Vec* v) {
-#if defined(__AVX512F__)
-  // Step s exchanges bit s of the row number with bit s of the lane number.
-  for (int s = 1; s < kWidth; s *= 2) {
-    VecI low, high;
-    for (int i = 0; i < kWidth; ++i) {
-      low[i] = i & s ? i - s + kWidth : i;
-      high[i] = i & s ? i + kWidth : i + s;
-    }
-    for (int i = 0; i < kWidth; ++i) {
-      if (i & s) continue;
-      const __m512 a = (__m512)v[i], b = (__m512)v[i + s];
-      v[i] = (Vec)_mm512_permutex2var_ps(a, (__m512i)low, b);
-      v[i + s] = (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b);
-    }
-  }
-#else
-  float lanes[kWidth][kWidth];
-  for (int i = 0; i < kWidth; ++i) {
-    for (int j = 0; j < kWidth; ++j) lanes[j][i] = v[i][j];
-  }
-  for (int i = 0; i < kWidth; ++i) v[i] = load(lanes[i]);
-#endif
-}
-
 // dst (cols, rows rounded up to vectors) = transpose of src, padded with zeros.
 template <class T>
 void copy_transposed(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst,

@@ -3,7 +3,6 @@
 from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.dropout import dropout
 from uml_fast.kernels.feed_forward import feed_forward
-from uml_fast.kernels.linear import linear
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.kernels.segment_mean import segment_mean
 
@@ -11,7 +10,6 @@ __all__ = [
     "add_layer_norm",
     "dropout",
     "feed_forward",
-    "linear",
     "packed_segment_attention",
     "segment_attention",
     "segment_mean",

@@ -20,7 +20,7 @@ NAME = "dropout"
 
 def dropout_reference(input: Tensor, p: float, rng_key: Tensor, site: int) -> Tensor:
     """Plain torch definition; differentiable, any floating dtype."""
-    return input * (keep_mask_like(input, rng_key, site, p) * keep_scale(p)).to(input.dtype)
+    return input * keep_mask_like(input, rng_key, site, p) * keep_scale(p)
 
 
 def dropout_fwd(input: Tensor, p: float, rng_key: Tensor, site: int) -> Tensor:

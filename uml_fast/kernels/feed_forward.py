@@ -18,7 +18,6 @@ from torch import Tensor
 from uml_fast.kernels.checks import check_contiguous, check_floating, check_shape
 from uml_fast.kernels.cpu import CODES, Backend, has_kernel, library, mask_arguments
 from uml_fast.kernels.dropout import dropout_reference
-from uml_fast.kernels.linear import column_sum, weight_gradient
 from uml_fast.kernels.rng import check_dropout
 
 NAME = "feed_forward"
@@ -36,6 +35,27 @@ def feed_forward_reference(
     if rng_key is not None and dropout_p > 0:
         hidden = dropout_reference(hidden, dropout_p, rng_key, site)
     return F.linear(hidden, weight_down.to(dtype), bias_down.to(dtype))
+
+
+def column_sum(input: Tensor) -> Tensor:
+    """Sum over the rows of (T, N), accumulated and returned in fp32 (N,)."""
+    out = input.new_empty(input.shape[1], dtype=torch.float32)
+    library().column_sum(
+        torch.get_num_threads(), CODES[input.dtype], input.data_ptr(), out.data_ptr(), *input.shape
+    )
+    return out
+
+
+def weight_gradient(grad_TN: Tensor, input_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad^T input as ``dtype`` (N, K), contiguous.
+
+    oneDNN multiplies bf16 two to three times slower when the long dimension T is the strided one of the
+    first operand (docs/numerics.md), so the narrower operand is copied transposed.
+    """
+    if grad_TN.shape[1] <= input_TK.shape[1]:
+        return torch.mm(grad_TN.t().contiguous(), input_TK).to(dtype)
+    product_KN = torch.mm(input_TK.t().contiguous(), grad_TN)
+    return product_KN.t().to(dtype, memory_format=torch.contiguous_format)
 
 
 def feed_forward_fwd(
@@ -85,7 +105,7 @@ def feed_forward_bwd(
     )
     grad_up = weight_gradient(grad, input, weight_dtype)
     grad_input = torch.mm(grad, weight_up)
-    return grad_input, grad_up, grad_bias, grad_down, column_sum(grad_out, torch.float32)
+    return grad_input, grad_up, grad_bias, grad_down, column_sum(grad_out)
 
 
 @torch.library.custom_op("uml_fast::feed_forward_fwd", mutates_args=())
