@@ -150,7 +150,7 @@ class Trial:
         record["lr"] = learning_rate(self.step - 1, self.config.steps, self.config.optim)
         if result.grad_norm is not None:
             record["grad_norm"] = float(result.grad_norm)
-        return record | meter.lap()
+        return record | meter.lap() | {"recompiles": self.train_step.recompiles}
 
     def _check_finite(self) -> None:
         """Stop at a loss that is not finite, before anything of it is saved."""
