@@ -1,4 +1,6 @@
 // Bindings of the planner and the loader. Long calls release the GIL.
+#include "core/loader.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -11,7 +13,6 @@
 #include <utility>
 #include <vector>
 
-#include "core/loader.h"
 #include "core/rng.h"
 
 namespace py = pybind11;
@@ -114,13 +115,14 @@ struct BoundLoader {
     return py::array(py::dtype::of<uint8_t>(), {block.bytes}, {size_t{1}}, block.host, base);
   }
 
-  // (offset, bytes) of each array of a layout: raw rows per region, then the arrays that describe them.
+  // (offset, bytes) of each array of a layout: raw rows per region, then the arrays that describe
+  // them.
   std::vector<std::pair<size_t, size_t>> fields(int layout) {
     const uml::SlotMap& map = loader.map(layout);
     std::vector<std::pair<size_t, size_t>> out;
     for (const uml::Field& f : map.raw) out.emplace_back(f.offset, f.bytes);
-    for (const uml::Field* f : {&map.offsets, &map.modality, &map.label, &map.sample, &map.position,
-                                &map.segment}) {
+    for (const uml::Field* f :
+         {&map.offsets, &map.modality, &map.label, &map.sample, &map.position, &map.segment}) {
       out.emplace_back(f->offset, f->bytes);
     }
     return out;
@@ -141,7 +143,8 @@ std::vector<uml::SourceSpec> source_specs(const std::vector<StreamArgs>& streams
     if (total == 0 || bytes % total != 0) {
       throw std::invalid_argument("a source's bytes are not a whole number of rows");
     }
-    specs.push_back({reinterpret_cast<const std::byte*>(rows.data()), bytes / total,
+    specs.push_back({reinterpret_cast<const std::byte*>(rows.data()),
+                     bytes / total,
                      {offsets.data(), static_cast<size_t>(offsets.size())},
                      {labels.data(), static_cast<size_t>(labels.size())}});
   }
@@ -160,8 +163,8 @@ void bind_loader(py::module_& m) {
 
   py::class_<BoundPlanner>(m, "Planner")
       .def(py::init([](std::vector<StreamArgs> streams, const std::vector<LayoutArgs>& layouts,
-                       const std::string& policy, std::vector<int> first_side,
-                       double warmup_epochs, uint64_t seed, int rank, int world) {
+                       const std::string& policy, std::vector<int> first_side, double warmup_epochs,
+                       uint64_t seed, int rank, int world) {
              uml::PlannerSpec spec = planner_spec(streams, layouts, policy, std::move(first_side),
                                                   warmup_epochs, seed, rank, world);
              return std::unique_ptr<BoundPlanner>(
@@ -176,21 +179,21 @@ void bind_loader(py::module_& m) {
       });
 
   py::class_<BoundLoader>(m, "Loader")
-      .def(py::init([](std::vector<StreamArgs> streams, std::vector<SourceArgs> sources,
-                       const std::vector<LayoutArgs>& layouts, const std::string& policy,
-                       std::vector<int> first_side, double warmup_epochs, uint64_t seed, int rank,
-                       int world, std::shared_ptr<uml::Device> device, int slots, int threads) {
-             uml::PlannerSpec spec = planner_spec(streams, layouts, policy, std::move(first_side),
-                                                  warmup_epochs, seed, rank, world);
-             std::vector<uml::SourceSpec> specs = source_specs(streams, sources);
-             return std::unique_ptr<BoundLoader>(new BoundLoader{
-                 std::move(streams), std::move(sources), static_cast<size_t>(slots),
-                 uml::Loader(std::move(spec), std::move(specs), std::move(device), slots,
-                             threads)});
-           }),
-           py::arg("streams"), py::arg("sources"), py::arg("layouts"), py::arg("policy"),
-           py::arg("first_side"), py::arg("warmup_epochs"), py::arg("seed"), py::arg("rank"),
-           py::arg("world"), py::arg("device"), py::arg("slots"), py::arg("threads"))
+      .def(
+          py::init([](std::vector<StreamArgs> streams, std::vector<SourceArgs> sources,
+                      const std::vector<LayoutArgs>& layouts, const std::string& policy,
+                      std::vector<int> first_side, double warmup_epochs, uint64_t seed, int rank,
+                      int world, std::shared_ptr<uml::Device> device, int slots, int threads) {
+            uml::PlannerSpec spec = planner_spec(streams, layouts, policy, std::move(first_side),
+                                                 warmup_epochs, seed, rank, world);
+            std::vector<uml::SourceSpec> specs = source_specs(streams, sources);
+            return std::unique_ptr<BoundLoader>(new BoundLoader{
+                std::move(streams), std::move(sources), static_cast<size_t>(slots),
+                uml::Loader(std::move(spec), std::move(specs), std::move(device), slots, threads)});
+          }),
+          py::arg("streams"), py::arg("sources"), py::arg("layouts"), py::arg("policy"),
+          py::arg("first_side"), py::arg("warmup_epochs"), py::arg("seed"), py::arg("rank"),
+          py::arg("world"), py::arg("device"), py::arg("slots"), py::arg("threads"))
       .def(
           "acquire",
           [](BoundLoader& self, double wait_s, uintptr_t stream) {
@@ -205,8 +208,9 @@ void bind_loader(py::module_& m) {
             self.loader.release(slot, reinterpret_cast<uml::Stream>(stream));
           },
           py::arg("slot"), py::arg("stream") = 0)
-      .def("close", [](BoundLoader& self) { self.loader.close(); },
-           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "close", [](BoundLoader& self) { self.loader.close(); },
+          py::call_guard<py::gil_scoped_release>())
       .def("load",
            [](BoundLoader& self, const Offsets& state) {
              py::gil_scoped_release nogil;
@@ -218,7 +222,8 @@ void bind_loader(py::module_& m) {
       .def("copy_state",
            [](BoundLoader& self, int slot, py::array_t<int64_t>& out) {
              const std::span<const int64_t> state = self.loader.state(slot);
-             std::copy_n(state.begin(), std::min(state.size(), span_of(out).size()), out.mutable_data());
+             std::copy_n(state.begin(), std::min(state.size(), span_of(out).size()),
+                         out.mutable_data());
            })
       .def("ready", [](BoundLoader& self) { return self.loader.ready(); })
       .def("stage", [](BoundLoader& self) { return self.loader.stage(); })

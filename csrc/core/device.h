@@ -1,4 +1,5 @@
-// The device a loader fills slots for, as the few operations it needs. Nothing in csrc/core knows CUDA.
+// The device a loader fills slots for, as the few operations it needs. Nothing in csrc/core knows
+// CUDA.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +8,8 @@
 
 namespace uml {
 
-// A slot's memory: what the workers write and what the consumer reads (the same where the device is the host).
+// A slot's memory: what the workers write and what the consumer reads (the same where the device is
+// the host).
 struct Block {
   std::byte* host = nullptr;
   std::byte* device = nullptr;
@@ -24,8 +26,8 @@ class Device {
  public:
   virtual ~Device() = default;
 
-  // Memory for one slot, zeroed and aligned to 64 bytes; the caller frees it. Throws std::bad_alloc or
-  // std::runtime_error.
+  // Memory for one slot, zeroed and aligned to 64 bytes; the caller frees it. Throws std::bad_alloc
+  // or std::runtime_error.
   virtual Block allocate(size_t bytes) = 0;
   virtual void free(const Block& block) noexcept = 0;
 

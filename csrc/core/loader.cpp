@@ -22,6 +22,11 @@ SlotMemory::SlotMemory(std::shared_ptr<Device> device, int slots, size_t bytes)
 }
 
 void SlotMemory::clear() noexcept {
+  try {
+    for (Event event : uploaded_) device_->synchronize(event);
+    for (Event event : released_) device_->synchronize(event);
+  } catch (...) {  // a broken device has nothing in flight that could still read the memory
+  }
   for (Event event : uploaded_) device_->free_event(event);
   for (Event event : released_) device_->free_event(event);
   for (const Block& block : blocks_) device_->free(block);
@@ -157,10 +162,9 @@ std::optional<int> Loader::acquire(double wait_s, Stream stream) {
   if (is_closed_) throw std::runtime_error("the loader is closed");
   if (!error_) start();
   const int slot = static_cast<int>(acquired_ % slots_.size());
-  const bool is_there =
-      changed_.wait_for(lock, std::chrono::duration<double>(wait_s), [this, slot] {
-        return error_ || is_closed_ || slots_[slot].phase == Phase::kReady;
-      });
+  const bool is_there = changed_.wait_for(
+      lock, std::chrono::duration<double>(wait_s),
+      [this, slot] { return error_ || is_closed_ || slots_[slot].phase == Phase::kReady; });
   if (error_) std::rethrow_exception(error_);
   if (is_closed_) throw std::runtime_error("the loader was closed while a pack was awaited");
   if (!is_there) return std::nullopt;
@@ -188,9 +192,8 @@ void Loader::release(int slot, Stream stream) {
 
 int Loader::ready() const {
   std::lock_guard lock(mutex_);
-  return static_cast<int>(std::count_if(slots_.begin(), slots_.end(), [](const Slot& slot) {
-    return slot.phase == Phase::kReady;
-  }));
+  return static_cast<int>(std::count_if(
+      slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.phase == Phase::kReady; }));
 }
 
 std::string Loader::stage() const {

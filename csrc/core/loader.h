@@ -40,8 +40,8 @@ class SlotMemory {
   std::vector<Event> released_;  // the consumer's work on the slot is done
 };
 
-// One consumer thread; the order of packs depends on the planner alone, never on the workers' timing.
-// Threads start with the first acquire and end with close.
+// One consumer thread; the order of packs depends on the planner alone, never on the workers'
+// timing. Threads start with the first acquire and end with close.
 class Loader {
  public:
   // Throws std::invalid_argument for sources that do not match the planner's streams.
@@ -51,9 +51,9 @@ class Loader {
   Loader(const Loader&) = delete;
   Loader& operator=(const Loader&) = delete;
 
-  // The slot of the next pack, or nothing after `wait_s` seconds. Later work of `stream` waits until the pack
-  // is on the device. The slot stays the caller's until released. Throws what stopped a worker, or
-  // std::runtime_error once closed.
+  // The slot of the next pack, or nothing after `wait_s` seconds. Later work of `stream` waits
+  // until the pack is on the device. The slot stays the caller's until released. Throws what
+  // stopped a worker, or std::runtime_error once closed.
   std::optional<int> acquire(double wait_s, Stream stream);
   // Gives the slot back; it is overwritten only after the work put into `stream` so far.
   void release(int slot, Stream stream);

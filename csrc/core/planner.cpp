@@ -97,8 +97,7 @@ void StreamQueue::fill(int64_t target, const RegionRule& rule, std::vector<int64
     const int64_t n = window_[0].length;
     const int64_t count = static_cast<int64_t>(picks.size());
     Group group{1, {0, 0}};
-    const bool helps =
-        rem - n >= rule.reserve || (count == 0 && std::abs(rem - n) < std::abs(rem));
+    const bool helps = rem - n >= rule.reserve || (count == 0 && std::abs(rem - n) < std::abs(rem));
     if (!helps || !fits(room - n, count + 1, rule)) group = best_group(rem, room, count, rule);
     if (group.count == 0) return;
     for (int k = 0; k < group.count; ++k) {
@@ -208,14 +207,12 @@ void Planner::next(PackPlan& plan) {
 }
 
 void Planner::save(std::span<int64_t> state) const {
-  const int64_t head[kHeader] = {kFormat,       static_cast<int64_t>(spec_.seed),
-                                 spec_.rank,    spec_.world,
-                                 packs_,        is_warm_ ? 1 : 0,
-                                 static_cast<int64_t>(queues_.size())};
+  const int64_t head[kHeader] = {
+      kFormat,          static_cast<int64_t>(spec_.seed),    spec_.rank, spec_.world, packs_,
+      is_warm_ ? 1 : 0, static_cast<int64_t>(queues_.size())};
   std::copy(std::begin(head), std::end(head), state.begin());
   for (size_t i = 0; i < queues_.size(); ++i) {
-    queues_[i].save(
-        state.subspan(kHeader + i * StreamQueue::kStateSize, StreamQueue::kStateSize));
+    queues_[i].save(state.subspan(kHeader + i * StreamQueue::kStateSize, StreamQueue::kStateSize));
   }
 }
 
@@ -225,8 +222,7 @@ void Planner::load(std::span<const int64_t> state) {
     throw std::invalid_argument("not a planner state of these streams");
   }
   for (size_t i = 0; i < queues_.size(); ++i) {
-    queues_[i].load(
-        state.subspan(kHeader + i * StreamQueue::kStateSize, StreamQueue::kStateSize));
+    queues_[i].load(state.subspan(kHeader + i * StreamQueue::kStateSize, StreamQueue::kStateSize));
   }
   packs_ = state[4];
   is_warm_ = state[5] != 0;

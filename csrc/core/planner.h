@@ -1,4 +1,5 @@
-// Which samples go into which pack. uml_fast/schedule.py is the readable definition and gives the same plans.
+// Which samples go into which pack. uml_fast/schedule.py is the readable definition and gives the
+// same plans.
 #pragma once
 
 #include <array>
@@ -89,9 +90,7 @@ class StreamQueue {
   void refill();
   int64_t take(int position);
   Group best_group(int64_t rem, int64_t room, int64_t count, const RegionRule& rule) const;
-  int64_t length(int64_t sample) const {
-    return spec_.offsets[sample + 1] - spec_.offsets[sample];
-  }
+  int64_t length(int64_t sample) const { return spec_.offsets[sample + 1] - spec_.offsets[sample]; }
 
   StreamSpec spec_;
   uint64_t seed_;

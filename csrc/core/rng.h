@@ -1,4 +1,5 @@
-// Counter-based random numbers: every value is a function of its coordinates, never of a generator's state.
+// Counter-based random numbers: every value is a function of its coordinates, never of a
+// generator's state.
 #pragma once
 
 #include <cstdint>

@@ -188,9 +188,9 @@ class Loader:
     def stats(self) -> dict[str, float]:
         """What the loader did since it was made.
 
-        ``stall_s`` seconds the consumer waited; ``packs`` handed out; ``occupancy`` mean part of
-        the slots that was ready when one was asked for; ``fill`` rows of samples per row; and since the
-        start of the run, resumed parts included, ``samples/<modality>`` and ``tokens/<modality>``.
+        ``stall_s`` seconds the consumer waited, ``packs`` handed out, ``occupancy`` mean part of
+        the slots that was ready when one was asked for, ``fill`` rows of samples per row; and since
+        the start of the run, resumed parts included, ``samples/<name>`` and ``tokens/<name>``.
         """
         out = {
             "stall_s": self._stall_s,
