@@ -156,9 +156,9 @@ def main() -> None:
         batches = draw_batches(shape)
         check_equal_losses(shape, batches)
         variants = steps(shape, batches)
-        rounds = dict.fromkeys(variants, shape.plain_rounds)
+        rounds = dict.fromkeys(variants, max(3, shape.plain_rounds // 2))
         load_before = round(os.getloadavg()[0], 2)
-        seconds = harness.measure(variants, rounds=rounds)
+        seconds = harness.measure(variants, rounds=rounds, warmup_rounds=1)
         tokens = sum(valid_tokens(b) for b in batches) / len(batches)
         before = None
         for variant, times in seconds.items():

@@ -31,7 +31,7 @@ def conditions(content: Content) -> str:
     chip = machine["gpu"] or f"{machine['cpu']} ({', '.join(machine['cpu_features'])})"
     commit = (content["commit"] or "unknown")[:10] + (" with changes" if content["dirty"] else "")
     return (
-        f"{chip}, {machine['cores']} cores, {row['threads']} threads, "
+        f"{chip}, {machine['cores']} cores, threads {row['threads']}, "
         f"torch {content['versions']['torch']}, dropout {row['dropout']}, median of interleaved "
         f"rounds, load {row['load_before']} before, commit {commit}, {content['date'][:10]}; "
         f"rows in bench/results."
@@ -91,7 +91,7 @@ def between_markers(text: str, name: str, content: str) -> str:
 
 
 def plot_step(content: Content, path: Path) -> None:
-    """Bars of both providers per width, on a logarithmic axis, with the spread p20..p80."""
+    """Bars of both providers per width with the spread p20..p80."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -109,8 +109,7 @@ def plot_step(content: Content, path: Path) -> None:
         ]
         bars = axes.bar(at, speed, 0.36, yerr=[low, high], capsize=3, color=colour, label=provider)
         axes.bar_label(bars, [f"{s:,.0f}" for s in speed], padding=3, fontsize=8)
-    axes.set_yscale("log")
-    axes.margins(y=0.15)
+    axes.margins(y=0.1)
     axes.set_xticks(range(len(widths)), [f"d = {w}" for w in widths])
     axes.set_ylabel("valid tokens per second")
     axes.set_title(f"training step, MOSI's shape, {content['name']}", fontsize=9)
@@ -125,15 +124,15 @@ def plot_step(content: Content, path: Path) -> None:
 
 def main() -> None:
     """Write the plot and the README's tables from the committed rows."""
+    for content in load("step")[:1]:
+        plot_step(content, ROOT / "docs" / "img" / "step.svg")
     readme = ROOT / "README.md"
-    text = readme.read_text()
+    text = readme.read_text(encoding="utf-8")
     for kind, table in (("step", step_table), ("factors", factors_table)):
         found = load(kind)
         if found:
             text = between_markers(text, kind, "\n\n".join(table(content) for content in found))
-    readme.write_text(text)
-    for content in load("step")[:1]:
-        plot_step(content, ROOT / "docs" / "img" / "step.svg")
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

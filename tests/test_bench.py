@@ -175,7 +175,7 @@ def content(fast: float) -> plot.Content:
 def test_table_has_the_ratio_and_the_conditions() -> None:
     table = plot.step_table(content(5250.0))
     assert "| 40 | 32 + 32 | 1,000 (float32) | 5,250 (bfloat16) | 5.2 | 41 % / 41 % |" in table
-    assert "A CPU (avx2), 2 cores, 2 threads, torch 2.13.0" in table and "0123456789," in table
+    assert "A CPU (avx2), 2 cores, threads 2, torch 2.13.0" in table and "0123456789," in table
 
 
 def test_readme_table_is_replaced_between_its_markers() -> None:
