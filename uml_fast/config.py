@@ -152,6 +152,9 @@ class EvalConfig:
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
 
+    theory: bool = False
+    """Check the theorems of paper 3.1 numerically and show them in the report."""
+
     def __post_init__(self) -> None:
         require(self.every >= 0 and self.patience >= 0, "eval.every and eval.patience must not be negative")
         require(self.patience == 0 or self.every > 0, "eval.patience needs eval.every > 0")

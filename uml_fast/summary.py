@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from uml_fast.analysis.statistics import mean_interval, paired_comparison
+from uml_fast.analysis.theory import TheoremCheck, check_all
 from uml_fast.config import RunConfig
 from uml_fast.data.source import Task
 from uml_fast.log import read_metrics
@@ -32,7 +34,15 @@ def summarise(
         "baselines": baselines(config, results),
         "throughput": throughput(folder),
     }  # fmt: skip
+    if config.eval.theory:
+        out["theory"] = [_check_record(c) for c in check_all(config.seed)]
     return out
+
+
+def _check_record(check: TheoremCheck) -> dict[str, Any]:
+    """A check as JSON; its quantities as one line of text."""
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in check.quantities)
+    return dataclasses.asdict(check) | {"quantities": shown}
 
 
 def compare(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ def gaussian() -> RunConfig:
         objective=ObjectiveConfig(kind="next_embedding"),
         mix=MixConfig(token_budget=2 * 512),
         optim=OptimConfig(kind="adam", lr=5e-3, weight_decay=0.0, schedule="constant"),
-        eval=EvalConfig(probe=False, every=25),
+        eval=EvalConfig(probe=False, every=25, theory=True),
         checkpoint=CheckpointConfig(every=0, keep=1),
         metric="error",
         precision="fp32",
