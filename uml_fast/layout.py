@@ -25,6 +25,10 @@ ROW_ALIGN = 8
 """Regions are a multiple of this many rows, which keeps every slice of a pack aligned."""
 
 
+def _aligned(rows: int) -> int:
+    return -(-rows // ROW_ALIGN) * ROW_ALIGN
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Stream:
     """What the planner knows of one modality: lengths, never contents.
@@ -77,7 +81,7 @@ class Stream:
             need = max(1, math.ceil(quota / self.longest - 1e-9)) * self.longest
         else:
             need = math.ceil(quota * (1 + SLACK) - 1e-9)
-        return -(-need // ROW_ALIGN) * ROW_ALIGN
+        return _aligned(need)
 
     def quota_of(self, rows: int) -> float:
         """The largest quota a region of ``rows`` rows is for."""
@@ -122,7 +126,7 @@ def _layout(streams: Sequence[Stream], token_budget: int) -> Layout:
     if not fitting or sum(fitting[0][1]) > token_budget:
         s = max(streams, key=lambda s: s.longest / s.share)
         least = max(
-            (s.longest if s.is_constant else s.quota_of(bucket(s.longest))) / s.share
+            (s.longest if s.is_constant else s.quota_of(_aligned(s.longest))) / s.share
             for s in streams
         )
         raise ConfigError(
