@@ -103,14 +103,26 @@ UML_INLINE void product(int64_t m, int64_t n, int64_t k, Strided a, const float*
   }
 }
 
-// dst (rows, cols rounded up to vectors) = src * scale, padded with zeros.
+// dst (rows, cols rounded up to vectors) = src, padded with zeros.
 template <class T>
-void copy_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, float scale, float* dst,
+void copy_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst,
                int64_t dst_stride) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t c = 0; c < cols; c += kWidth) {
-      store(dst + i * dst_stride + c, load_n(src + i * stride + c, cols - c) * scale);
+      store(dst + i * dst_stride + c, load_n(src + i * stride + c, cols - c));
     }
+  }
+}
+
+// kWidth rows of n (at most kWidth) columns of src, zeros behind them and below row `rows`.
+template <class T>
+UML_INLINE void load_block(const T* src, int64_t stride, int64_t rows, int64_t n, Vec* block) {
+  if (rows >= kWidth && n == kWidth) {
+    for (int r = 0; r < kWidth; ++r) block[r] = load(src + r * stride);
+  } else if (rows >= kWidth) {
+    for (int r = 0; r < kWidth; ++r) block[r] = load_part(src + r * stride, n);
+  } else {
+    for (int r = 0; r < kWidth; ++r) block[r] = r < rows ? load_n(src + r * stride, n) : Vec{};
   }
 }
 
@@ -118,25 +130,28 @@ void copy_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, float s
 template <class T>
 void copy_transposed(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst,
                      int64_t dst_stride) {
-  for (int64_t i = 0; i < rows; i += kWidth) {
-    for (int64_t c = 0; c < cols; c += kWidth) {
+  for (int64_t c = 0; c < cols; c += kWidth) {
+    const int64_t n = smaller(kWidth, cols - c);
+    for (int64_t i = 0; i < rows; i += kWidth) {
       Vec block[kWidth];
-      for (int r = 0; r < kWidth; ++r) {
-        block[r] = i + r < rows ? load_n(src + (i + r) * stride + c, cols - c) : Vec{};
-      }
+      load_block(src + i * stride + c, stride, rows - i, n, block);
       transpose(block);
-      const int64_t n = smaller(kWidth, cols - c);
-      for (int64_t r = 0; r < n; ++r) store(dst + (c + r) * dst_stride + i, block[r]);
+      float* d = dst + c * dst_stride + i;
+      if (n == kWidth) {
+        for (int r = 0; r < kWidth; ++r) store(d + r * dst_stride, block[r]);
+      } else {
+        for (int64_t r = 0; r < n; ++r) store(d + r * dst_stride, block[r]);
+      }
     }
   }
 }
 
 template <class T>
-void write_rows(const float* src, int64_t src_stride, int64_t rows, int64_t cols, float scale,
-                T* dst, int64_t stride) {
+void write_rows(const float* src, int64_t src_stride, int64_t rows, int64_t cols, T* dst,
+                int64_t stride) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t c = 0; c < cols; c += kWidth) {
-      store_n(dst + i * stride + c, load(src + i * src_stride + c) * scale, cols - c);
+      store_n(dst + i * stride + c, load(src + i * src_stride + c), cols - c);
     }
   }
 }
@@ -183,19 +198,19 @@ UML_INLINE void for_each_factor(const Dropout& drop, int64_t row, int64_t cols, 
 
 // Row of scores to probabilities times keep factors; zero in [n, end of its vectors). Returns
 // log-sum-exp.
-UML_INLINE float softmax_row(float* s, int64_t n, int64_t width, const Dropout& drop,
+UML_INLINE float softmax_row(float* s, float scale, int64_t n, int64_t width, const Dropout& drop,
                              int64_t mask_row, int64_t mask_cols) {
   const Vec lowest = splat(-3.0e38f);
   Vec top = lowest;
   for (int64_t j = 0; j < n; j += kWidth) {
-    Vec v = load(s + j);
+    Vec v = load(s + j) * scale;
     if (j + kWidth > n) v = iota() < static_cast<int32_t>(n - j) ? v : lowest;
     top = vmax(v, top);
   }
   const float m = max(top);
   Vec total{};
   for (int64_t j = 0; j < n; j += kWidth) {
-    Vec e = exp(load(s + j) - m);
+    Vec e = exp(load(s + j) * scale - m);
     if (j + kWidth > n) e = iota() < static_cast<int32_t>(n - j) ? e : Vec{};
     store(s + j, e);
     total += e;
@@ -223,50 +238,55 @@ void fwd_task(const AttentionShape& shape, const Task& t, const T* query, const 
   float* s = o + t.block * DP;
   const int64_t at = t.first * shape.qkv_stride + t.head * D;
   copy_transposed(key + at, shape.qkv_stride, L, D, key_T, LP);
-  copy_rows(value + at, shape.qkv_stride, L, D, 1.0f, v, DP);
+  copy_rows(value + at, shape.qkv_stride, L, D, v, DP);
   for (int64_t i0 = 0; i0 < L; i0 += t.block) {
     const int64_t m = smaller(t.block, L - i0);
-    copy_rows(query + at + i0 * shape.qkv_stride, shape.qkv_stride, m, D, shape.scale, q, DP);
+    copy_rows(query + at + i0 * shape.qkv_stride, shape.qkv_stride, m, D, q, DP);
     product<false>(m, LP, D, {q, DP, 1}, key_T, LP, s, LP,
                    [&](int64_t, int64_t end, int64_t& n, int64_t&, int64_t&) {
                      if (causal) n = round_up(i0 + end, kWidth);
                    });
     for (int64_t i = 0; i < m; ++i) {
       const int64_t row = (t.first + i0 + i) * shape.heads + t.head;
-      lse[row] = softmax_row(s + i * LP, t.keys(causal, i0 + i), LP, drop, row, shape.max_len);
+      lse[row] = softmax_row(s + i * LP, shape.scale, t.keys(causal, i0 + i), LP, drop, row,
+                             shape.max_len);
     }
     product<false>(m, DP, L, {s, LP, 1}, v, DP, o, DP,
                    [&](int64_t, int64_t end, int64_t&, int64_t&, int64_t& k1) {
                      if (causal) k1 = i0 + end;
                    });
-    write_rows(o, DP, m, D, 1.0f, out + ((t.first + i0) * shape.heads + t.head) * D,
-               shape.heads * D);
+    write_rows(o, DP, m, D, out + ((t.first + i0) * shape.heads + t.head) * D, shape.heads * D);
   }
 }
 
 // From a row of scores and of dO V^T: scores become probabilities times keep factors (for the
-// gradient of value), `grad` becomes the gradient of the scores.
-UML_INLINE void softmax_bwd_row(float* s, float* grad, int64_t n, int64_t width, float lse,
-                                const Dropout& drop, int64_t mask_row, int64_t mask_cols) {
-  Vec dot{};
-  auto row = [&](int64_t j, Vec keep) {
-    Vec p = exp(load(s + j) - lse);
-    if (j + kWidth > n) p = iota() < static_cast<int32_t>(n - j) ? p : Vec{};
+// gradient of value), `grad` becomes the gradient of the unscaled scores. Probabilities are
+// normalised again, since the rounding of a large lse would cost most of their digits. `factors`:
+// scratch.
+UML_INLINE void softmax_bwd_row(float* s, float* grad, float* factors, float scale, int64_t n,
+                                int64_t width, float lse, const Dropout& drop, int64_t mask_row,
+                                int64_t mask_cols) {
+  Vec dot{}, total{};
+  const auto row = [&](int64_t j, Vec keep) {
+    Vec e = exp(load(s + j) * scale - lse);
+    if (j + kWidth > n) e = iota() < static_cast<int32_t>(n - j) ? e : Vec{};
     const Vec kept = load(grad + j) * keep;
-    dot += p * kept;
+    total += e;
+    dot += e * kept;
+    store(s + j, e);
     store(grad + j, kept);
-    store(s + j, p);
+    store(factors + j, keep);
   };
   if (drop.threshold > 0) {
     for_each_factor(drop, mask_row, mask_cols, n, row);
   } else {
     for (int64_t j = 0; j < n; j += kWidth) row(j, splat(1.0f));
   }
-  const float delta = sum(dot);
-  for (int64_t j = 0; j < n; j += kWidth) store(grad + j, load(s + j) * (load(grad + j) - delta));
-  if (drop.threshold > 0) {
-    for_each_factor(drop, mask_row, mask_cols, n,
-                    [&](int64_t j, Vec keep) { store(s + j, load(s + j) * keep); });
+  const float inverse = 1.0f / sum(total), delta = sum(dot) * inverse;
+  for (int64_t j = 0; j < n; j += kWidth) {
+    const Vec p = load(s + j) * inverse;
+    store(s + j, p * load(factors + j));
+    store(grad + j, p * (load(grad + j) - delta) * scale);
   }
   for (int64_t j = round_up(n, kWidth); j < width; j += kWidth) {
     store(s + j, Vec{});
@@ -280,7 +300,7 @@ void bwd_task(const AttentionShape& shape, const Task& t, const T* grad_out, con
               T* grad_value, int64_t grad_stride, const Dropout& drop) {
   const int64_t L = t.length, D = t.dim, LP = t.padded_length, DP = t.padded_dim;
   const bool causal = shape.is_causal;
-  float* key_T = thread_scratch(2 * DP * LP + 3 * L * DP + t.block * (3 * DP + 2 * LP));
+  float* key_T = thread_scratch(2 * DP * LP + 3 * L * DP + t.block * (3 * DP + 2 * LP) + LP);
   float* value_T = key_T + DP * LP;
   float* k = value_T + DP * LP;
   float* dk = k + L * DP;
@@ -290,16 +310,17 @@ void bwd_task(const AttentionShape& shape, const Task& t, const T* grad_out, con
   float* dq = go + t.block * DP;
   float* s = dq + t.block * DP;
   float* ds = s + t.block * LP;
+  float* factors = ds + t.block * LP;
   const int64_t at = t.first * shape.qkv_stride + t.head * D;
   copy_transposed(key + at, shape.qkv_stride, L, D, key_T, LP);
   copy_transposed(value + at, shape.qkv_stride, L, D, value_T, LP);
-  copy_rows(key + at, shape.qkv_stride, L, D, 1.0f, k, DP);
+  copy_rows(key + at, shape.qkv_stride, L, D, k, DP);
   for (int64_t i = 0; i < 2 * L * DP; i += kWidth) store(dk + i, Vec{});
   for (int64_t i0 = 0; i0 < L; i0 += t.block) {
     const int64_t m = smaller(t.block, L - i0);
     const int64_t out_at = ((t.first + i0) * shape.heads + t.head) * D;
-    copy_rows(query + at + i0 * shape.qkv_stride, shape.qkv_stride, m, D, shape.scale, q, DP);
-    copy_rows(grad_out + out_at, shape.heads * D, m, D, 1.0f, go, DP);
+    copy_rows(query + at + i0 * shape.qkv_stride, shape.qkv_stride, m, D, q, DP);
+    copy_rows(grad_out + out_at, shape.heads * D, m, D, go, DP);
     const auto seen_columns = [&](int64_t, int64_t end, int64_t& n, int64_t&, int64_t&) {
       if (causal) n = round_up(i0 + end, kWidth);
     };
@@ -307,15 +328,14 @@ void bwd_task(const AttentionShape& shape, const Task& t, const T* grad_out, con
     product<false>(m, LP, D, {go, DP, 1}, value_T, LP, ds, LP, seen_columns);
     for (int64_t i = 0; i < m; ++i) {
       const int64_t row = (t.first + i0 + i) * shape.heads + t.head;
-      softmax_bwd_row(s + i * LP, ds + i * LP, t.keys(causal, i0 + i), LP, lse[row], drop, row,
-                      shape.max_len);
+      softmax_bwd_row(s + i * LP, ds + i * LP, factors, shape.scale, t.keys(causal, i0 + i), LP,
+                      lse[row], drop, row, shape.max_len);
     }
     product<false>(m, DP, L, {ds, LP, 1}, k, DP, dq, DP,
                    [&](int64_t, int64_t end, int64_t&, int64_t&, int64_t& k1) {
                      if (causal) k1 = i0 + end;
                    });
-    write_rows(dq, DP, m, D, shape.scale, grad_query + (t.first + i0) * grad_stride + t.head * D,
-               grad_stride);
+    write_rows(dq, DP, m, D, grad_query + (t.first + i0) * grad_stride + t.head * D, grad_stride);
     const int64_t seen_keys = causal ? i0 + m : L;
     const auto seeing_rows = [&](int64_t begin, int64_t, int64_t&, int64_t& k0, int64_t&) {
       if (causal) k0 = larger(0, begin - i0);
@@ -324,8 +344,8 @@ void bwd_task(const AttentionShape& shape, const Task& t, const T* grad_out, con
     product<true>(seen_keys, DP, m, {s, 1, LP}, go, DP, dv, DP, seeing_rows);
   }
   const int64_t grad_at = t.first * grad_stride + t.head * D;
-  write_rows(dk, DP, L, D, 1.0f, grad_key + grad_at, grad_stride);
-  write_rows(dv, DP, L, D, 1.0f, grad_value + grad_at, grad_stride);
+  write_rows(dk, DP, L, D, grad_key + grad_at, grad_stride);
+  write_rows(dv, DP, L, D, grad_value + grad_at, grad_stride);
 }
 
 constexpr int64_t kTasksPerChunk = 8;  // of MOSI's shape about 20 us

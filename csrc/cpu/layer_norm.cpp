@@ -73,7 +73,9 @@ void bwd_rows(const NormShape& shape, const In* grad_normed, const Res* grad_sum
               float* grad_bias, Dropout drop, int64_t begin, int64_t end) {
   const int64_t cols = shape.cols;
   const float inverse = 1.0f / static_cast<float>(cols);
-  float* x = thread_scratch(round_up(cols, 2 * kWidth));
+  const int64_t padded = round_up(cols, 2 * kWidth);
+  float* x = thread_scratch(2 * padded);
+  float* weighted = x + padded;
   for (int64_t c = 0; c < cols; ++c) grad_weight[c] = grad_bias[c] = 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t at = row * cols;
@@ -89,6 +91,7 @@ void bwd_rows(const NormShape& shape, const In* grad_normed, const Res* grad_sum
       g_sum += g;
       gx_sum += g * normal;
       store(x + c, normal);
+      store(weighted + c, g);
       store_n(grad_weight + c, load_n(grad_weight + c, n) + dy * normal, n);
       store_n(grad_bias + c, load_n(grad_bias + c, n) + dy, n);
     }
@@ -97,8 +100,7 @@ void bwd_rows(const NormShape& shape, const In* grad_normed, const Res* grad_sum
       Vec dx[2];
       for (int half = 0; half < 2; ++half) {
         const int64_t h = c + half * kWidth, n = cols - h;
-        const Vec g = load_n(grad_normed + at + h, n) * load_n(weight + h, n);
-        dx[half] = (g - g_mean - load(x + h) * gx_mean) * r;
+        dx[half] = (load(weighted + h) - g_mean - load(x + h) * gx_mean) * r;
         if (grad_summed) dx[half] += load_n(grad_summed + at + h, n);
         store_n(grad_residual + at + h, dx[half], n);
       }

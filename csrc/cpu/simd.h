@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -46,11 +47,13 @@ UML_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 UML_INLINE Vec splat(float x) { return Vec{} + x; }
 
-UML_INLINE VecI iota() {
-  VecI v;
-  for (int i = 0; i < kWidth; ++i) v[i] = i;
-  return v;
+using Lanes = std::make_integer_sequence<int, kWidth>;
+
+template <int... kLane>
+UML_INLINE VecI iota(std::integer_sequence<int, kLane...>) {
+  return VecI{kLane...};
 }
+UML_INLINE VecI iota() { return iota(Lanes()); }
 
 UML_INLINE Vec load(const float* p) {
   Vec v;
@@ -58,10 +61,19 @@ UML_INLINE Vec load(const float* p) {
   return v;
 }
 
+UML_INLINE Vec from_bf16(VecH h) {
+#if defined(__AVX512F__)
+  // The zero-masked form of the conversion: the plain one sets off a false warning of GCC 12.
+  return (Vec)((VecU)_mm512_maskz_cvtepu16_epi32(0xFFFF, (__m256i)h) << 16);
+#else
+  return (Vec)(__builtin_convertvector(h, VecU) << 16);
+#endif
+}
+
 UML_INLINE Vec load(const bf16* p) {
   VecH h;
   std::memcpy(&h, p, sizeof h);
-  return (Vec)(__builtin_convertvector(h, VecU) << 16);
+  return from_bf16(h);
 }
 
 UML_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -103,8 +115,7 @@ UML_INLINE Vec load_part(const float* p, int64_t n) {
   return (Vec)_mm512_maskz_loadu_ps((1u << n) - 1, p);
 }
 UML_INLINE Vec load_part(const bf16* p, int64_t n) {
-  const VecH h = (VecH)_mm256_maskz_loadu_epi16((1u << n) - 1, p);
-  return (Vec)(__builtin_convertvector(h, VecU) << 16);
+  return from_bf16((VecH)_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }
 UML_INLINE void store_part(float* p, Vec v, int64_t n) {
   _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
@@ -184,6 +195,14 @@ UML_INLINE void normal(Vec x, Vec& cdf, Vec& density) {
   density = e * 0.398942280f;
 }
 
+// low, high = a[0], b[0], a[1], b[1], ...
+template <int... kLane>
+UML_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high,
+                           std::integer_sequence<int, kLane...>) {
+  low = __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kWidth)...);
+  high = __builtin_shufflevector(a, b, ((kWidth + kLane) / 2 + kLane % 2 * kWidth)...);
+}
+
 // Keep factors (0 or scale) of one row of a dropout mask.
 struct RowMask {
   uint32_t first;  // low half of the row's first pair index
@@ -218,42 +237,33 @@ struct RowMask {
     const VecI limit = VecI{} + static_cast<int32_t>(threshold);
     const Vec even = (VecI)(x & 0xFFFF) >= limit ? splat(scale) : Vec{};
     const Vec odd = (VecI)(x >> 16) >= limit ? splat(scale) : Vec{};
-    float lanes[2 * kWidth];
-    for (int i = 0; i < kWidth; ++i) {
-      lanes[2 * i] = even[i];
-      lanes[2 * i + 1] = odd[i];
-    }
-    low = load(lanes);
-    high = load(lanes + kWidth);
+    interleave(even, odd, low, high, Lanes());
 #endif
   }
 };
 
-// Transposes kWidth vectors in place.
-UML_INLINE void transpose(Vec* v) {
-#if defined(__AVX512F__)
-  // Step s exchanges bit s of the row number with bit s of the lane number.
-  for (int s = 1; s < kWidth; s *= 2) {
-    VecI low, high;
-    for (int i = 0; i < kWidth; ++i) {
-      low[i] = i & s ? i - s + kWidth : i;
-      high[i] = i & s ? i + kWidth : i + s;
-    }
-    for (int i = 0; i < kWidth; ++i) {
-      if (i & s) continue;
-      const __m512 a = (__m512)v[i], b = (__m512)v[i + s];
-      v[i] = (Vec)_mm512_permutex2var_ps(a, (__m512i)low, b);
-      v[i + s] = (Vec)_mm512_permutex2var_ps(a, (__m512i)high, b);
-    }
-  }
-#else
-  float lanes[kWidth][kWidth];
-  for (int i = 0; i < kWidth; ++i) {
-    for (int j = 0; j < kWidth; ++j) lanes[j][i] = v[i][j];
-  }
-  for (int i = 0; i < kWidth; ++i) v[i] = load(lanes[i]);
-#endif
+// Exchanges bit kStep of the row number with bit kStep of the lane number, for rows a and b = a +
+// kStep.
+template <int kStep, int... kLane>
+UML_INLINE void exchange(Vec& a, Vec& b, std::integer_sequence<int, kLane...>) {
+  const Vec low =
+      __builtin_shufflevector(a, b, (kLane & kStep ? kLane - kStep + kWidth : kLane)...);
+  b = __builtin_shufflevector(a, b, (kLane & kStep ? kLane + kWidth : kLane + kStep)...);
+  a = low;
 }
+
+template <int kStep>
+UML_INLINE void transpose_from(Vec* v) {
+  if constexpr (kStep < kWidth) {
+    for (int i = 0; i < kWidth; ++i) {
+      if (!(i & kStep)) exchange<kStep>(v[i], v[i + kStep], Lanes());
+    }
+    transpose_from<2 * kStep>(v);
+  }
+}
+
+// Transposes kWidth vectors in place.
+UML_INLINE void transpose(Vec* v) { transpose_from<1>(v); }
 
 // Uninitialised floats for the duration of a scope.
 struct Floats {

@@ -2,10 +2,11 @@
 
     summed = residual + dropout(input);  normed = (summed - mean) / sqrt(var + eps) * weight + bias
 
-Legend: T rows, K columns. ``normed`` has the dtype of ``input`` (it feeds the next product), ``summed`` that of
-``residual`` (it is the next residual); arithmetic, statistics, weight and bias are fp32, and the norm is taken of the
-sum before it is rounded. Traffic: one read of both inputs and one write of each output; backward reads both inputs
-again and redraws the mask, so only mean and rstd (T,) are saved.
+Legend: T rows, K columns. ``normed`` has the dtype of ``input`` (it feeds the next product),
+``summed`` that of ``residual`` (it is the next residual); arithmetic, statistics, weight and bias
+are fp32, and the norm is taken of the sum before it is rounded. Traffic: one read of both inputs
+and one write of each output; backward reads both inputs again and redraws the mask, so only mean
+and rstd (T,) are saved.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def _fwd_op(
 
 
 @_fwd_op.register_fake
-def _(input, residual, weight, bias, eps, dropout_p, rng_key, site, return_sum):  # type: ignore[no-untyped-def]
+def _(input, residual, weight, bias, eps, dropout_p, rng_key, site, return_sum):
     summed = residual.new_empty(residual.shape if return_sum else (0,))
     statistics = input.new_empty(2, input.shape[0], dtype=torch.float32)
     return input.new_empty(input.shape), summed, statistics
@@ -116,15 +117,16 @@ def _bwd_op(
     leaves = [t.detach().requires_grad_() for t in (input, residual, weight, bias)]
     with torch.enable_grad():
         outputs = add_layer_norm_reference(
-            *leaves, eps, dropout_p=dropout_p, rng_key=rng_key, site=site
-        )
+            leaves[0], leaves[1], leaves[2], leaves[3], eps, dropout_p=dropout_p, rng_key=rng_key,
+            site=site,
+        )  # fmt: skip
     grads = (grad_normed, torch.zeros_like(residual) if grad_summed is None else grad_summed)
     a, b, c, d = torch.autograd.grad(outputs, leaves, grads)
     return a, b.clone() if b is a else b, c, d
 
 
 @_bwd_op.register_fake
-def _(grad_normed, grad_summed, input, residual, weight, bias, *_):  # type: ignore[no-untyped-def]
+def _(grad_normed, grad_summed, input, residual, weight, bias, *_):
     return tuple(t.new_empty(t.shape) for t in (input, residual, weight, bias))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,8 @@ def check_same(op: str, attribute: str, **tensors: Tensor) -> None:
     """Raise ValueError unless all tensors agree in ``attribute`` (shape, dtype or device)."""
     values = {name: getattr(t, attribute) for name, t in tensors.items()}
     if len(set(values.values())) > 1:
-        listed = ", ".join(f"{n} {list(v) if attribute == 'shape' else v}" for n, v in values.items())
+        shown = {n: list(v) if attribute == "shape" else v for n, v in values.items()}
+        listed = ", ".join(f"{n} {v}" for n, v in shown.items())
         raise ValueError(f"{op}: {attribute}s differ: {listed}")
 
 
@@ -42,14 +45,16 @@ def check_contiguous(op: str, **tensors: Tensor) -> None:
 
 
 def check_offsets(op: str, offsets: Tensor, rows: int, max_len: int | None = None) -> None:
-    """Raise unless ``offsets`` int32 (S + 1,) rise from 0 to ``rows`` in steps of at most ``max_len``.
+    """Raise unless ``offsets`` int32 (S + 1,) rise from 0 to ``rows`` in steps of 0 to ``max_len``.
 
     The values of offsets on other devices than the CPU, and while compiling, are not looked at.
     """
     if offsets.dtype != torch.int32:
         raise TypeError(f"{op}: offsets are {offsets.dtype}; they must be int32")
     if offsets.ndim != 1 or len(offsets) < 1 or not offsets.is_contiguous():
-        raise ValueError(f"{op}: offsets are {list(offsets.shape)}; they must be contiguous [S + 1]")
+        raise ValueError(
+            f"{op}: offsets are {list(offsets.shape)}; they must be contiguous [S + 1]"
+        )
     if torch.compiler.is_compiling() or offsets.device.type != "cpu":
         return
     limit = rows if max_len is None else max_len
@@ -62,7 +67,7 @@ def check_offsets(op: str, offsets: Tensor, rows: int, max_len: int | None = Non
             f"{op}: offsets run from {bounds[0]} to {bounds[-1]}; they must run from 0 to {rows}, "
             "the number of rows"
         )
-    for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for s, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end < start:
             raise ValueError(f"{op}: offsets decrease from {start} to {end} at segment {s}")
         if end - start > limit:

@@ -1,4 +1,4 @@
-"""The native CPU kernels as seen from Python: is there one for these tensors, and what to pass to it."""
+"""The native CPU kernels: is there one for these tensors, and what to pass to it."""
 
 from __future__ import annotations
 

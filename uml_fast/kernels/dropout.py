@@ -1,7 +1,7 @@
 """Dropout from a counter: ``out = input * keep / (1 - p)``.
 
-keep is a function of (rng_key, site, row, column), rng.py. Input and output in the working dtype, one read and
-one write of it forward and backward; nothing but the key is saved.
+keep is a function of (rng_key, site, row, column), rng.py. Input and output in the working dtype,
+one read and one write of it forward and backward; nothing but the key is saved.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _op(input: Tensor, p: float, rng_key: Tensor, site: int) -> Tensor:
 
 
 @_op.register_fake
-def _(input, p, rng_key, site):  # type: ignore[no-untyped-def]
+def _(input, p, rng_key, site):
     return input.new_empty(input.shape)
 
 
@@ -68,7 +68,8 @@ class _Dropout(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return dropout_fwd(grad.contiguous(), ctx.p, ctx.saved_tensors[0], ctx.site), None, None, None
+        grad = dropout_fwd(grad.contiguous(), ctx.p, ctx.saved_tensors[0], ctx.site)
+        return grad, None, None, None
 
 
 def dropout(
@@ -77,7 +78,8 @@ def dropout(
     """Dropout of ``input`` (..., n), contiguous, fp32 or bf16; p = 0 returns ``input`` itself.
 
     Raises:
-        TypeError, ValueError: p outside [0, 1), no key int64 (1,), or an input that is not contiguous.
+        TypeError, ValueError: p outside [0, 1), no key int64 (1,), or an input that is not
+        contiguous.
     """
     check_dropout(NAME, p, rng_key)
     check_floating(NAME, input=input)

@@ -1,10 +1,11 @@
 """Feed-forward block: ``out = dropout(activation(input up^T + bias_up)) down^T + bias_down``.
 
-Legend: T rows, K width of the stream, N hidden width. Products in the working dtype (torch: oneDNN, AMX for bf16),
-bias, activation and dropout in fp32 inside one in-place pass over the (T, N) product, rounded once. FLOPs 4 T K N
-forward, 8 T K N backward. Saved for backward: the hidden tensor (relu: it also tells which elements were active and
-kept) or, for gelu, both the product and the hidden tensor; the mask is drawn again. Parameters may have another dtype
-(fp32 masters): they are cast once and their gradients come back in it.
+Legend: T rows, K width of the stream, N hidden width. Products in the working dtype (torch: oneDNN,
+AMX for bf16), bias, activation and dropout in fp32 inside one in-place pass over the (T, N)
+product, rounded once. FLOPs 4 T K N forward, 8 T K N backward. Saved for backward: the hidden
+tensor (relu: it also tells which elements were active and kept) or, for gelu, both the product and
+the hidden tensor; the mask is drawn again. Parameters may have another dtype (fp32 masters): they
+are cast once and their gradients come back in it.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def column_sum(input: Tensor) -> Tensor:
 def weight_gradient(grad_TN: Tensor, input_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """grad^T input as ``dtype`` (N, K), contiguous.
 
-    oneDNN multiplies bf16 two to three times slower when the long dimension T is the strided one of the
-    first operand (docs/numerics.md), so the narrower operand is copied transposed.
+    oneDNN multiplies bf16 two to three times slower when the long dimension T is the strided one of
+    the first operand (docs/numerics.md), so the narrower operand is copied transposed.
     """
     if grad_TN.shape[1] <= input_TK.shape[1]:
         return torch.mm(grad_TN.t().contiguous(), input_TK).to(dtype)
@@ -62,7 +63,7 @@ def feed_forward_fwd(
     input: Tensor, weight_up: Tensor, bias_up: Tensor, weight_down: Tensor, bias_down: Tensor,
     activation: str, dropout_p: float, rng_key: Tensor | None, site: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Native (out, hidden, product); weights of the input's dtype. For relu the product is empty."""
+    """Native (out, hidden, product), the last empty for relu; weights of the input's dtype."""
     product = torch.mm(input, weight_up.t())
     is_relu = activation == "relu"
     hidden = product if is_relu else torch.empty_like(product)
@@ -80,7 +81,7 @@ def activation_bwd(
     grad: Tensor, hidden: Tensor, product: Tensor, bias_up: Tensor, activation: str,
     dropout_p: float, rng_key: Tensor | None, site: int,
 ) -> Tensor:  # fmt: skip
-    """Turns ``grad`` of the hidden tensor into that of the product in place; returns its column sums."""
+    """Turn ``grad`` of the hidden tensor into that of the product in place; its column sums."""
     saved = hidden if activation == "relu" else product
     bias = bias_up.float()
     bias_grad = grad.new_empty(grad.shape[1], dtype=torch.float32)
@@ -126,7 +127,7 @@ def _fwd_op(
 
 
 @_fwd_op.register_fake
-def _(input, weight_up, bias_up, weight_down, bias_down, activation, dropout_p, rng_key, site):  # type: ignore[no-untyped-def]
+def _(input, weight_up, bias_up, weight_down, bias_down, activation, dropout_p, rng_key, site):
     hidden = input.new_empty(input.shape[0], weight_up.shape[0])
     product = torch.empty_like(hidden) if activation == "gelu" else input.new_empty(0)
     return input.new_empty(input.shape[0], weight_down.shape[0]), hidden, product
@@ -157,7 +158,7 @@ def _bwd_op(
 
 
 @_bwd_op.register_fake
-def _(grad_out, input, weight_up, bias_up, weight_down, bias_down, *_):  # type: ignore[no-untyped-def]
+def _(grad_out, input, weight_up, bias_up, weight_down, bias_down, *_):
     tensors = (input, weight_up, bias_up, weight_down, bias_down)
     return tuple(t.new_empty(t.shape) for t in tensors)
 
@@ -198,14 +199,15 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *saved, rng_key = ctx.saved_tensors
+        input, up, bias_up, down, hidden, product, rng_key = ctx.saved_tensors
         weight_dtype, up_dtype, down_dtype = ctx.dtypes
         grad_input, grad_up, grad_bias_up, grad_down, grad_bias_down = feed_forward_bwd(
-            grad_out.contiguous(), *saved, *ctx.options, rng_key, ctx.site, weight_dtype
-        )
+            grad_out.contiguous(), input, up, bias_up, down, hidden, product, *ctx.options,
+            rng_key, ctx.site, weight_dtype,
+        )  # fmt: skip
         return (
-            grad_input, grad_up, grad_bias_up.to(up_dtype), grad_down, grad_bias_down.to(down_dtype),
-            *[None] * 4,
+            grad_input, grad_up, grad_bias_up.to(up_dtype), grad_down,
+            grad_bias_down.to(down_dtype), *[None] * 4,
         )  # fmt: skip
 
 
@@ -221,7 +223,8 @@ def feed_forward(
         weight_up, bias_up: (N, K) and (N,), any floating dtype.
         weight_down, bias_down: (K', N) and (K',), any floating dtype (that of weight_up).
         activation: relu, or gelu in its exact form.
-        dropout_p: probability of dropping an element of the hidden tensor, with ``rng_key`` int64 (1,) and
+        dropout_p: probability of dropping an element of the hidden tensor, with ``rng_key`` int64
+            (1,) and
             ``site``.
         backend: for tests.
 

@@ -1,15 +1,16 @@
-"""Counter-based randomness of dropout: the mask is a function of (key, row, column), of nothing else.
+"""Counter-based randomness of dropout: the mask is a function of (key, row, column) alone.
 
-A step has one 64-bit ``rng_key``; every place that drops (a *site*) derives its own key from it. A row of
-a mask has ``ceil(cols / 2)`` pairs of columns and starts at pair ``q = row * ceil(cols / 2)``. Each pair is
-hashed to 32 bits, whose low half decides the even column and whose high half the odd one:
+A step has one 64-bit ``rng_key``; every place that drops (a *site*) derives its own key from it. A
+row of a mask has ``ceil(cols / 2)`` pairs of columns and starts at pair ``q = row * ceil(cols /
+2)``. Each pair is hashed to 32 bits, whose low half decides the even column and whose high half the
+odd one:
 
     x = (lo32(q) + col // 2) ^ lo32(key);                x = (x ^ x >> 16) * 0x7FEB352D
     x = x ^ x >> 15 ^ hi32(key) ^ hi32(q) * 0x9E3779B9;  x = x * 0x846CA68B;  hash = x ^ x >> 16
     keep iff lane >= round(p * 65536)
 
-``csrc/cpu/simd.h`` computes the same bits. So backward passes and resumed runs draw masks again instead of
-saving them, and results do not depend on threads or on the device.
+``csrc/cpu/simd.h`` computes the same bits. So backward passes and resumed runs draw masks again
+instead of saving them, and results do not depend on threads or on the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 LANES = 1 << 16
-"""Values of the 16-bit lane that is compared with the threshold; p is rounded to multiples of 1 / LANES."""
+"""Values of the lane that is compared with the threshold; p is rounded to multiples of 1 / LANES."""
 
 _LOW = 0xFFFFFFFF
 
@@ -35,7 +36,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def site_key(rng_key: Tensor, site: int) -> Tensor:
-    """The key of one dropout site: int64 (1,), from the step's ``rng_key`` int64 (1,) (splitmix64)."""
+    """The int64 (1,) key of a dropout site from the step's ``rng_key`` int64 (1,) (splitmix64)."""
     x = rng_key + _signed((site + 1) * 0x9E3779B97F4A7C15)
     x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
@@ -75,7 +76,7 @@ def keep_mask(rng_key: Tensor, site: int, row: Tensor, col: Tensor, cols: int, p
 
 
 def keep_mask_like(x: Tensor, rng_key: Tensor, site: int, p: float) -> Tensor:
-    """``keep_mask`` of the shape of ``x``: the last dimension is the columns, the others count rows."""
+    """``keep_mask`` of the shape of ``x``: its last dimension is columns, the others are rows."""
     cols = x.shape[-1]
     rows = x.numel() // max(cols, 1)
     row = torch.arange(rows, device=x.device).unsqueeze(1)

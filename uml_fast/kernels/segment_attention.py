@@ -4,11 +4,11 @@ For each segment (rows ``offsets[s] .. offsets[s + 1]``) and head:
 
     score = scale * query key^T;  prob = softmax(score);  out = dropout(prob) value
 
-Legend: T rows, H heads, D head dimension, S segments, L rows of a segment. Inputs and output in the working dtype
-(fp32 or bf16); products, softmax and sums in fp32. FLOPs forward 4 L^2 D per head (half of it causal), backward
-10 L^2 D; memory is 4 T H D elements forward, 7 T H D backward: scores never leave the cache. Saved for backward: the
-inputs and the fp32 log-sum-exp (T, H); masks are drawn again (rng.py, mask row t * H + h, column = key's position in
-its segment, max_len columns).
+Legend: T rows, H heads, D head dimension, S segments, L rows of a segment. Inputs and output in the
+working dtype (fp32 or bf16); products, softmax and sums in fp32. FLOPs forward 4 L^2 D per head
+(half of it causal), backward 10 L^2 D; memory is 4 T H D elements forward, 7 T H D backward: scores
+never leave the cache. Saved for backward: the inputs and the fp32 log-sum-exp (T, H); masks are
+drawn again (rng.py, mask row t * H + h, column = key's position in its segment, max_len columns).
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def segment_attention_fwd(
 
 def segment_attention_bwd(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, lse: Tensor,
-    max_len: int, is_causal: bool, scale: float, dropout_p: float, rng_key: Tensor | None, site: int,
+    max_len: int, is_causal: bool, scale: float, dropout_p: float, rng_key: Tensor | None,
+    site: int,
 ) -> Tensor:  # fmt: skip
     """Native gradients of query, key and value, packed as (T, 3, H, D)."""
     T, H, D = query.shape
@@ -103,31 +104,32 @@ def _fwd_op(
 
 
 @_fwd_op.register_fake
-def _(query, key, value, offsets, max_len, is_causal, scale, dropout_p, rng_key, site):  # type: ignore[no-untyped-def]
+def _(query, key, value, offsets, max_len, is_causal, scale, dropout_p, rng_key, site):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
 
 
 @torch.library.custom_op("uml_fast::segment_attention_bwd", mutates_args=())
 def _bwd_op(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, lse: Tensor,
-    max_len: int, is_causal: bool, scale: float, dropout_p: float, rng_key: Tensor | None, site: int,
+    max_len: int, is_causal: bool, scale: float, dropout_p: float, rng_key: Tensor | None,
+    site: int,
 ) -> Tensor:  # fmt: skip
     if has_kernel(NAME, "auto", query):
         return segment_attention_bwd(
             grad_out.contiguous(), query, key, value, offsets, lse, max_len, is_causal, scale,
             dropout_p, rng_key, site,
         )  # fmt: skip
-    inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
     with torch.enable_grad():
         out = segment_attention_reference(
-            *inputs, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p, rng_key=rng_key,
+            leaves[0], leaves[1], leaves[2], offsets, max_len, is_causal=is_causal, dropout_p=dropout_p, rng_key=rng_key,
             site=site, scale=scale,
         )  # fmt: skip
-    return torch.stack(torch.autograd.grad(out, inputs, grad_out), 1)
+    return torch.stack(torch.autograd.grad(out, leaves, grad_out), 1)
 
 
 @_bwd_op.register_fake
-def _(grad_out, query, *_):  # type: ignore[no-untyped-def]
+def _(grad_out, query, *_):
     T, H, D = query.shape
     return query.new_empty(T, 3, H, D)
 
@@ -148,18 +150,26 @@ def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...
 _fwd_op.register_autograd(_backward, setup_context=_setup)
 
 
+def _unpack(
+    query: Tensor, key: Tensor | None, value: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if key is None or value is None:
+        query, key, value = query.unbind(1)
+    return query, key, value
+
+
 class _SegmentAttention(torch.autograd.Function):
     """The native kernels for eager mode, without the cost of the operator boundary.
 
-    With ``key`` and ``value`` None, ``query`` is the packed (T, 3, H, D) projection and its gradient comes back as one
-    tensor.
+    With ``key`` and ``value`` None, ``query`` is the packed (T, 3, H, D) projection and its
+    gradient comes back as one tensor.
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor | None, value: Tensor | None, offsets: Tensor,
                 max_len: int, is_causal: bool, scale: float, dropout_p: float,
                 rng_key: Tensor | None, site: int) -> Tensor:  # fmt: skip
-        q, k, v = (query, key, value) if key is not None else query.unbind(1)
+        q, k, v = _unpack(query, key, value)
         options = (max_len, is_causal, scale, dropout_p)
         out, lse = segment_attention_fwd(q, k, v, offsets, *options, rng_key, site)
         ctx.save_for_backward(query, key, value, offsets, lse, rng_key)
@@ -170,10 +180,12 @@ class _SegmentAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, offsets, lse, rng_key = ctx.saved_tensors
-        q, k, v = (query, key, value) if key is not None else query.unbind(1)
+        q, k, v = _unpack(query, key, value)
+        max_len, is_causal, scale, dropout_p = ctx.options
         grad = segment_attention_bwd(
-            grad_out.contiguous(), q, k, v, offsets, lse, *ctx.options, rng_key, ctx.site
-        )
+            grad_out.contiguous(), q, k, v, offsets, lse, max_len, is_causal, scale, dropout_p,
+            rng_key, ctx.site,
+        )  # fmt: skip
         grads = (grad, None, None) if key is None else grad.unbind(1)
         return *grads, *[None] * 7
 
@@ -184,15 +196,17 @@ def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_len: 
     for attribute in ("dtype", "device", "shape"):
         check_same(NAME, attribute, **tensors)
     if query.ndim != 3:
-        raise ValueError(f"{NAME}: query is {list(query.shape)}; it must be [rows, heads, head_dim]")
+        raise ValueError(
+            f"{NAME}: query is {list(query.shape)}; it must be [rows, heads, head_dim]"
+        )
     _T, H, D = query.shape
     if not 1 <= D <= 256:
         raise ValueError(f"{NAME}: head_dim is {D}; 1..256 are supported")
     for name, t in tensors.items():
         if t.stride(2) != 1 or (H > 1 and t.stride(1) != D) or t.stride(0) != query.stride(0):
             raise ValueError(
-                f"{NAME}: {name} has strides {list(t.stride())}; query, key and value must have the "
-                f"same row stride, then {D} and 1 (views of one projection, or contiguous)"
+                f"{NAME}: {name} has strides {list(t.stride())}; query, key and value must have "
+                f"the same row stride, then {D} and 1 (views of one projection, or contiguous)"
             )
     check_offsets(NAME, offsets, len(query), max_len)
 
@@ -205,12 +219,14 @@ def segment_attention(
     """Softmax attention of every row to the rows of its segment.
 
     Args:
-        query, key, value: (T, H, D) fp32 or bf16 (the reference also takes float64), D in 1..256, of
+        query, key, value: (T, H, D) fp32 or bf16 (the reference also takes float64), D in 1..256,
+            of
             equal strides (any, D, 1): contiguous, or views of one (T, 3, H, D) projection.
         offsets: int32 (S + 1,), first row of each segment, then T; segments may be empty.
         max_len: no segment is longer; part of the numbering of the dropout mask.
         is_causal: rows attend to themselves and to earlier rows only.
-        dropout_p: probability of dropping an attention weight, with ``rng_key`` int64 (1,) and ``site``.
+        dropout_p: probability of dropping an attention weight, with ``rng_key`` int64 (1,) and
+            ``site``.
         scale: factor of the scores; None: D ** -0.5.
         backend: for tests.
 

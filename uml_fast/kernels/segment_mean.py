@@ -1,7 +1,8 @@
 """Mean of the rows of each segment: ``out[s] = mean(input[offsets[s] : offsets[s + 1]])``.
 
-Legend: T rows, S segments, K columns. Input and output in the working dtype, sums in fp32; empty segments give zeros.
-One read of the input forward, one write of it backward; nothing but the offsets is saved.
+Legend: T rows, S segments, K columns. Input and output in the working dtype, sums in fp32; empty
+segments give zeros. One read of the input forward, one write of it backward; nothing but the
+offsets is saved.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _fwd_op(input: Tensor, offsets: Tensor) -> Tensor:
 
 
 @_fwd_op.register_fake
-def _(input, offsets):  # type: ignore[no-untyped-def]
+def _(input, offsets):
     return input.new_empty(offsets.shape[0] - 1, input.shape[1])
 
 
@@ -74,7 +75,7 @@ def _bwd_op(grad_out: Tensor, offsets: Tensor, rows: int) -> Tensor:
 
 
 @_bwd_op.register_fake
-def _(grad_out, offsets, rows):  # type: ignore[no-untyped-def]
+def _(grad_out, offsets, rows):
     return grad_out.new_empty(rows, grad_out.shape[1])
 
 
