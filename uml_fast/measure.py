@@ -81,13 +81,14 @@ def head_accuracy(model: Uml, packed: PackedSource) -> float:
 
 @torch.no_grad()
 def prediction_error(model: Uml, packed: PackedSource, config: RunConfig) -> float:
-    """Prediction loss over all samples: the mean over packs, weighted by their rows."""
+    """Prediction loss, the mean over all rows that predict something."""
+    modality = model.modality(packed.source.name)
     total, rows = 0.0, 0
     for batch in packed.packs:
-        n = int(batch.valid_T().sum())
+        n = int(modality.predicts_C(batch.region(0)).sum())
         total += n * float(losses(model, batch, config, None)[packed.source.name])
         rows += n
-    return total / rows
+    return total / max(1, rows)
 
 
 def embeddings_and_labels(model: Uml, packed: PackedSource) -> tuple[np.ndarray, np.ndarray]:

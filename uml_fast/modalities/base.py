@@ -96,9 +96,13 @@ class Modality(nn.Module):
         assert self.decoder is not None
         predicted = self.decoder(hidden_CD).float()
         if self.autoencode:
-            return masked_mean((predicted - features).square().mean(1), region.valid_C)
+            return masked_mean((predicted - features).square().mean(1), self.predicts_C(region))
         error = (predicted[:-1] - features[1:]).square().mean(1)
-        return masked_mean(error, region.continues_C()[:-1])
+        return masked_mean(error, self.predicts_C(region)[:-1])
+
+    def predicts_C(self, region: RegionRows) -> Tensor:
+        """bool (C,) rows that predict something: those with a next row, or all where a row predicts itself."""
+        return region.valid_C if self.autoencode else region.continues_C()
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

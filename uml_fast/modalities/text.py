@@ -69,7 +69,7 @@ class Text(Modality):
         assert self.decoder is not None
         logits = self.decoder(hidden_CD[:-1]).float()
         losses = F.cross_entropy(logits, features[1:], reduction="none")
-        return masked_mean(losses, region.continues_C()[:-1])
+        return masked_mean(losses, self.predicts_C(region)[:-1])
 
     def describe(self, sample: np.ndarray) -> dict[str, Any]:
         return {"kind": "text", "text": " ".join(map(str, sample[:, 0].tolist()))}
