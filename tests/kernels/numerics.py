@@ -17,7 +17,7 @@ Results = list[tuple[str, Tensor]]
 
 
 def forward_backward(op: Op, inputs: dict[str, Any], seed: int = 7) -> Results:
-    """Outputs and the gradient of every floating input, for output gradients drawn from ``seed``."""
+    """Outputs and the gradient of every floating input; ``seed`` draws the gradients of outputs."""
     leaves = {
         name: t.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         if isinstance(t, Tensor) and t.is_floating_point()

@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.kernels.numerics import assert_equal, forward_backward
 from uml_fast.kernels.dropout import dropout, dropout_reference
 
-# One element; odd columns (rows start at pairs); fewer columns than two vectors; exactly two vectors
-# of the widest set; one more; the wide hidden layer.
+# One element; odd columns (rows start at pairs); fewer columns than two vectors; exactly two
+# vectors of the widest set; one more; the wide hidden layer.
 SHAPES = [(1, 1), (3, 7), (5, 33), (4, 32), (2, 3, 65), (3, 2048)]
 
 

@@ -13,15 +13,15 @@ from uml_fast.kernels.segment_attention import (
     segment_attention_reference,
 )
 
-# One row; empty segments first, between and last, a prime, one vector, one more; lengths of the MOSI
-# shape; a segment of several query blocks beside a short one.
+# One row; empty segments first, between and last, a prime, one vector, one more; lengths of the
+# MOSI shape; a segment of several query blocks beside a short one.
 LENGTHS = {
     "one row": [1],
     "edges": [0, 13, 0, 16, 17, 1, 0],
     "mosi": [3, 50, 19, 7, 32, 24],
     "long": [5, 401],
 }
-# The head dimensions of the paper's preset at d = 40, 150 and 300, ViT's, and the ends of the range.
+# Head dimensions of the paper's preset at d = 40, 150 and 300, ViT's, and the ends of the range.
 HEADS = [(5, 8), (5, 30), (5, 60), (3, 64), (1, 1), (1, 256)]
 
 
@@ -129,7 +129,8 @@ def test_packed_is_the_same_op(rng_key: Tensor) -> None:
     def three(qkv: Tensor, **options: object) -> Tensor:
         return segment_attention(*qkv.unbind(1), **options)
 
-    assert_equal(forward_backward(packed_segment_attention, inputs), forward_backward(three, inputs))
+    packed = forward_backward(packed_segment_attention, inputs)
+    assert_equal(packed, forward_backward(three, inputs))
 
 
 @pytest.mark.parametrize("lengths", [[], [0, 0]])
@@ -169,15 +170,18 @@ BAD = {
                    ValueError, r"must be \[rows, heads, head_dim\]"),
     "strides": (lambda a: a | {"key": a["key"].transpose(0, 1).contiguous().transpose(0, 1)},
                 ValueError, "key has strides"),
-    "head dimension": (lambda a: a | dict.fromkeys(("query", "key", "value"), torch.ones(8, 1, 257)),
-                       ValueError, "head_dim is 257"),
+    "head dimension": (
+        lambda a: a | dict.fromkeys(("query", "key", "value"), torch.ones(8, 1, 257)), ValueError,
+        "head_dim is 257",
+    ),
     "decreasing offsets": (lambda a: a | {"offsets": torch.tensor([0, 5, 3, 8]).int()}, ValueError,
                            "offsets decrease from 5 to 3 at segment 1"),
     "rows left over": (lambda a: a | {"offsets": torch.tensor([0, 7]).int()}, ValueError,
                        "must run from 0 to 8"),
     "first offset": (lambda a: a | {"offsets": torch.tensor([1, 8]).int()}, ValueError,
                      "must run from 0 to 8"),
-    "long segment": (lambda a: a | {"max_len": 4}, ValueError, "segment 1 has 5 rows; max_len is 4"),
+    "long segment": (lambda a: a | {"max_len": 4}, ValueError,
+                     "segment 1 has 5 rows; max_len is 4"),
     "offset type": (lambda a: a | {"offsets": a["offsets"].long()}, TypeError, "must be int32"),
     "no key": (lambda a: a | {"dropout_p": 0.1}, ValueError, "needs rng_key"),
 }  # fmt: skip

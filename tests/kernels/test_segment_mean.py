@@ -66,10 +66,11 @@ BAD = {
     "integers": ({"input": torch.ones(4, 8, dtype=torch.int64)}, TypeError, "input is torch.int64"),
     "strides": ({"input": torch.ones(8, 4).t()}, ValueError, "input has strides"),
     "dimensions": ({"input": torch.ones(4)}, ValueError, r"must be \[rows, columns\]"),
-    "decreasing": ({"offsets": torch.tensor([0, 3, 2, 4]).int()}, ValueError, "decrease from 3 to 2"),
+    "decreasing": ({"offsets": torch.tensor([0, 3, 2, 4]).int()}, ValueError,
+                   "decrease from 3 to 2"),
     "end": ({"offsets": torch.tensor([0, 5]).int()}, ValueError, "must run from 0 to 4"),
     "type": ({"offsets": torch.tensor([0, 4])}, TypeError, "must be int32"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", [pytest.param("native", marks=pytest.mark.native), "reference"])

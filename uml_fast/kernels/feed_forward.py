@@ -201,8 +201,9 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         input, up, bias_up, down, hidden, product, rng_key = ctx.saved_tensors
         weight_dtype, up_dtype, down_dtype = ctx.dtypes
+        activation, dropout_p = ctx.options
         grad_input, grad_up, grad_bias_up, grad_down, grad_bias_down = feed_forward_bwd(
-            grad_out.contiguous(), input, up, bias_up, down, hidden, product, *ctx.options,
+            grad_out.contiguous(), input, up, bias_up, down, hidden, product, activation, dropout_p,
             rng_key, ctx.site, weight_dtype,
         )  # fmt: skip
         return (

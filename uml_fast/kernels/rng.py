@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 LANES = 1 << 16
-"""Values of the lane that is compared with the threshold; p is rounded to multiples of 1 / LANES."""
+"""Values of a lane; probabilities are rounded to multiples of 1 / LANES."""
 
 _LOW = 0xFFFFFFFF
 

@@ -122,8 +122,8 @@ def _bwd_op(
     leaves = [t.detach().requires_grad_() for t in (query, key, value)]
     with torch.enable_grad():
         out = segment_attention_reference(
-            leaves[0], leaves[1], leaves[2], offsets, max_len, is_causal=is_causal, dropout_p=dropout_p, rng_key=rng_key,
-            site=site, scale=scale,
+            leaves[0], leaves[1], leaves[2], offsets, max_len, is_causal=is_causal,
+            dropout_p=dropout_p, rng_key=rng_key, site=site, scale=scale,
         )  # fmt: skip
     return torch.stack(torch.autograd.grad(out, leaves, grad_out), 1)
 
