@@ -103,7 +103,6 @@ struct BoundPlanner {
 struct BoundLoader {
   std::vector<StreamArgs> streams;
   std::vector<SourceArgs> sources;
-  size_t slots;
   uml::Loader loader;
 
   // The slot's host bytes as an array that shares ownership of the ring's memory.
@@ -188,7 +187,7 @@ void bind_loader(py::module_& m) {
                                                  warmup_epochs, seed, rank, world);
             std::vector<uml::SourceSpec> specs = source_specs(streams, sources);
             return std::unique_ptr<BoundLoader>(new BoundLoader{
-                std::move(streams), std::move(sources), static_cast<size_t>(slots),
+                std::move(streams), std::move(sources),
                 uml::Loader(std::move(spec), std::move(specs), std::move(device), slots, threads)});
           }),
           py::arg("streams"), py::arg("sources"), py::arg("layouts"), py::arg("policy"),

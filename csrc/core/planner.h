@@ -111,7 +111,7 @@ class StreamQueue {
 // Plans pack after pack, for ever. Not thread-safe: the loader serialises it.
 class Planner {
  public:
-  // Throws std::invalid_argument for rules that name no stream or region.
+  // Throws std::invalid_argument for rules that name a stream that does not exist.
   explicit Planner(PlannerSpec spec);
 
   // Writes the next pack's plan; allocates nothing once `plan` has grown to its largest size.

@@ -29,7 +29,7 @@ struct RaggedData {
   StreamSpec stream(double share) const { return {row_bytes, offsets, share}; }
 };
 
-// A joint layout of two streams with rows for about `packed` samples of each.
+// A joint layout of two streams with `rows` rows for each.
 inline PlannerSpec joint_spec(const RaggedData& a, const RaggedData& b, int64_t rows,
                               int64_t max_len) {
   PlannerSpec spec;
