@@ -1,10 +1,9 @@
 """Rows to the README's table and plots.
 
-    python -m bench.plot               reads bench/results/{step,factors}_*.json, writes
+    python -m bench.plot               reads bench/results/{step,factors,accuracy}_*.json, writes
                                        docs/img/step.svg and the tables between the README's markers
 
-A table goes between ``<!-- bench:step -->`` and ``<!-- /bench:step -->``, the factors between
-``<!-- bench:factors -->`` and ``<!-- /bench:factors -->``.
+The tables of ``step`` go between ``<!-- bench:step -->`` and ``<!-- /bench:step -->``, and so on.
 """
 
 from __future__ import annotations
@@ -77,6 +76,27 @@ def factors_table(content: Content) -> str:
     return "\n".join([*lines, "", f"Valid tokens/s (x the line above). {conditions(content)}"])
 
 
+def accuracy_table(content: Content) -> str:
+    """Markdown: the target's metric of both modes and of the simple methods on the same data."""
+    is_error = content["metric"] == "error"
+
+    def shown(value: float) -> str:
+        return f"{value:.2f}" if is_error else f"{100 * value:.1f} %"
+
+    (c,) = content["comparison"]
+    low, high = (shown(c[k]) for k in ("ci95_low", "ci95_high"))
+    lines = [
+        f"| {content['recipe']}: {content['target']} {'error' if is_error else 'accuracy'} | mean |",
+        "|---|---:|",
+        f"| the target alone (same network, steps and target data) | {shown(c['unimodal_mean'])} |",
+        f"| **UML** | **{shown(c['uml_mean'])}** |",
+        f"| difference, paired over {c['n']} seeds | "
+        f"{shown(c['paired_diff_mean'])} (95 % interval {low} to {high}) |",
+        *(f"| {b['name']} (baseline) | {shown(b['mean'])} |" for b in content["baselines"]),
+    ]
+    return "\n".join([*lines, "", c["verdict"] + "."])
+
+
 def between_markers(text: str, name: str, content: str) -> str:
     """The text with what stands between the markers of ``name`` replaced.
 
@@ -128,7 +148,11 @@ def main() -> None:
         plot_step(content, ROOT / "docs" / "img" / "step.svg")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for kind, table in (("step", step_table), ("factors", factors_table)):
+    for kind, table in (
+        ("step", step_table),
+        ("factors", factors_table),
+        ("accuracy", accuracy_table),
+    ):
         found = load(kind)
         if found:
             text = between_markers(text, kind, "\n\n".join(table(content) for content in found))

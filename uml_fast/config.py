@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from uml_fast.data.source import Task
     from uml_fast.modalities.base import Modality
+    from uml_fast.model.backbone import Backbone
 
 
 class ConfigError(ValueError):
@@ -69,8 +68,8 @@ class BackboneConfig:
     width: int
     """Features per token at the input of the backbone; stems project to it."""
 
-    def build(self) -> nn.Module:
-        """The network with freshly drawn weights (its interface: ``uml_fast/model/transformer.py``)."""
+    def build(self) -> Backbone:
+        """The network with freshly drawn weights."""
         raise NotImplementedError
 
 

@@ -12,7 +12,8 @@ from uml_fast.config import OptimConfig
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Adam or AdamW, fused; matrices decay, vectors and position tables do not."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not name.endswith("position")
         (decayed if is_matrix else plain).append(parameter)

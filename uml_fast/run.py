@@ -47,13 +47,14 @@ def from_json(value: Any) -> Any:
     module, _, name = value["class"].partition(":")
     try:
         kind = getattr(importlib.import_module(module), name)
-        assert dataclasses.is_dataclass(kind)
+        if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+            raise TypeError(f"{name} is not a configuration")
         known = {f.name for f in dataclasses.fields(kind)}
         fields = {k: from_json(v) for k, v in value.items() if k != "class"}
         if "out" in known and fields["out"] is not None:
             fields["out"] = Path(fields["out"])
         return kind(**fields)
-    except (ImportError, AttributeError, AssertionError, TypeError, KeyError) as e:
+    except (ImportError, AttributeError, TypeError, KeyError) as e:
         raise ConfigError(f"run.json names {value['class']!r}, which this version cannot build: {e}") from e
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from uml_fast.config import BackboneConfig, require
 from uml_fast.modalities.base import Linear
+from uml_fast.model.backbone import Backbone
 from uml_fast.pack import PackedBatch
 
 
@@ -38,7 +39,7 @@ class BottleneckConfig(BackboneConfig):
         return Bottleneck(self)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Backbone):
     """``z = W2 relu(W1 x)`` and ``hidden = W4 relu(W3 z)``, with biases, for all modalities."""
 
     def __init__(self, config: BottleneckConfig) -> None:

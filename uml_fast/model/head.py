@@ -17,9 +17,8 @@ class SharedHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.classes, width))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.project = nn.ModuleDict({m: nn.Linear(width, width, bias=False) for m in config.project})
-        self.scale = (
-            nn.ParameterDict({m: nn.Parameter(torch.ones(())) for m in modalities}) if config.learn_scale else {}
-        )
+        scaled = modalities if config.learn_scale else ()
+        self.scale = nn.ParameterDict({m: nn.Parameter(torch.ones(())) for m in scaled})
 
     def forward(self, embedding_SE: Tensor, modality: str) -> Tensor:
         """Embeddings (S, E) of one modality to logits (S, classes), fp32."""

@@ -18,6 +18,7 @@ from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.feed_forward import feed_forward
 from uml_fast.kernels.segment_attention import segment_attention
 from uml_fast.modalities.base import Linear
+from uml_fast.model.backbone import Backbone
 from uml_fast.pack import PackedBatch
 
 
@@ -119,7 +120,7 @@ class Block(nn.Module):
         )  # fmt: skip
 
 
-class Transformer(nn.Module):
+class Transformer(Backbone):
     """The stack of blocks; its output is both what decoders read and what is pooled into embeddings."""
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -137,10 +138,7 @@ class Transformer(nn.Module):
     def forward(
         self, tokens_TD: Tensor, batch: PackedBatch, rng_key: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden rows (T, D) for the decoders and rows (T, D) to pool; the same tensor here.
-
-        ``rng_key`` int64 (1,) draws the dropout masks of a training step; None: no dropout.
-        """
+        """The same rows (T, D) for the decoders and to pool."""
         x = tokens_TD if self.input_projection is None else self.input_projection(tokens_TD)
         if self.config.positions != "none":
             x = x + self.position[batch.position_T.long().clamp(max=self.config.max_positions - 1)].to(x.dtype)
@@ -149,9 +147,13 @@ class Transformer(nn.Module):
             x = (self._post_norm if self.config.norm == "post" else self._pre_norm)(x, batch, dropout)
         return x, x
 
+    def stack(self) -> list[Block]:
+        """The blocks in order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def _post_norm(self, x: Tensor, batch: PackedBatch, dropout: Dropout) -> Tensor:
         """x = norm1(x + attend(x)); x = norm2(x + transform(x))."""
-        for block in self.blocks:
+        for block in self.stack():
             x = _add_norm(block.attend(x, batch, dropout), x, block.norm1, dropout, block.site + 2)
             x = _add_norm(block.transform(x, dropout), x, block.norm2, dropout, block.site + 3)
         return x
@@ -159,11 +161,12 @@ class Transformer(nn.Module):
     def _pre_norm(self, x: Tensor, batch: PackedBatch, dropout: Dropout) -> Tensor:
         """x += attend(norm1(x)); x += transform(norm2(x)); each sum is fused with the norm that follows it."""
         assert self.final_norm is not None
-        norms = [block.norm1 for block in self.blocks][1:] + [self.final_norm]
+        blocks = self.stack()
+        norms = [block.norm1 for block in blocks[1:]] + [self.final_norm]
         dtype, residual = x.dtype, x.float()
-        first = self.blocks[0].norm1
+        first = blocks[0].norm1
         x = nn.functional.layer_norm(residual, first.normalized_shape, first.weight, first.bias).to(dtype)
-        for block, following in zip(self.blocks, norms, strict=True):
+        for block, following in zip(blocks, norms, strict=True):
             x, residual = _add_norm_sum(
                 block.attend(x, batch, dropout), residual, block.norm2, dropout, block.site + 2
             )

@@ -1,0 +1,25 @@
+"""The interface of a shared network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from uml_fast.pack import PackedBatch
+
+
+class Backbone(nn.Module):
+    """Maps the tokens of a pack to hidden rows; subclasses set both widths."""
+
+    output_width: int
+    """Features of a hidden row, which decoders read."""
+    embedding_width: int
+    """Features of a row to pool, which heads and probes read."""
+
+    def forward(
+        self, tokens_TD: Tensor, batch: PackedBatch, rng_key: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden rows (T, output_width) and rows to pool (T, embedding_width).
+
+        ``rng_key`` int64 (1,) draws the dropout masks of a training step; None: no dropout.
+        """
+        raise NotImplementedError
