@@ -95,6 +95,12 @@ def test_baselines_beat_chance_and_the_code_is_worth_most(task):
     assert len(scores) == 4
 
 
+def test_one_image_of_each_number_is_enough():
+    task = NumbersConfig(images_per_class=1).load(0, "unimodal")
+    assert len(task.train[0]) == 100
+    assert dict(task.baselines)["nearest neighbour"] > 0.2
+
+
 def test_bad_settings_are_named():
     with pytest.raises(ConfigError, match="images_per_class is 0"):
         NumbersConfig(images_per_class=0)
