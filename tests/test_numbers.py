@@ -19,16 +19,18 @@ def task():
 def test_every_class_has_its_images(task):
     for source, each in ((task.train[0], 2), (task.validation, 5), (task.test, 15)):
         assert np.array_equal(np.bincount(source.labels, minlength=100), np.full(100, each))
-        assert source.rows.dtype == np.uint8 and source.rows.shape[1] == 64
-        assert np.all(source.lengths == 2)
+        assert source.rows.dtype == np.uint8 and source.rows.shape[1] == 128
+        assert np.all(source.lengths == 1)
     assert task.train[0].rows.max() == 255
 
 
-def test_each_patch_shows_the_digit_of_its_place(task):
+def test_each_half_shows_the_digit_of_its_place(task):
     pixels, shown = digits._scans()
     known = {p.tobytes(): int(d) for p, d in zip(pixels, shown, strict=True)}
     for i, label in enumerate(task.test.labels):
-        assert [known[row.tobytes()] for row in task.test.sample(i)] == [label // 10, label % 10]
+        picture = task.test.sample(i).reshape(8, 16)
+        halves = (picture[:, :8], picture[:, 8:])
+        assert [known[half.tobytes()] for half in halves] == [label // 10, label % 10]
         assert describe(task.test, i) == f"{label:02d}"
 
 

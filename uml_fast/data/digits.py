@@ -46,7 +46,7 @@ class Handwriting:
 
         Args:
             numbers: int (n,), below ``10 ** places``; they are the labels as well.
-            places: digits per image; each is one row (patch) of 64 pixels.
+            places: digits per image; an image is one row (patch) of 8 x (8 * places) pixels.
             rng: draws the scans.
         """
         powers = 10 ** np.arange(places - 1, -1, -1)
@@ -55,8 +55,9 @@ class Handwriting:
         for digit in range(10):
             where = shown == digit
             scan[where] = rng.choice(np.flatnonzero(self.digits == digit), where.sum())
-        rows = self.pixels[scan.reshape(-1)]
-        offsets = np.arange(len(numbers) + 1, dtype=np.int64) * places
+        side_by_side = self.pixels[scan].reshape(-1, places, SIDE, SIDE).swapaxes(1, 2)
+        rows = np.ascontiguousarray(side_by_side).reshape(len(numbers), -1)
+        offsets = np.arange(len(numbers) + 1, dtype=np.int64)
         keys = tuple(f"{n:0{places}d}" for n in numbers)
         return Source("image", rows, offsets, numbers.astype(np.int32), keys)
 

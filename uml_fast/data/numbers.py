@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uml_fast.config import DataConfig, require
-from uml_fast.data.digits import handwriting
+from uml_fast.data.digits import SIDE, handwriting
 from uml_fast.data.source import Source, Task
 from uml_fast.data.speech import Voice, spoken
 
@@ -186,9 +186,11 @@ def _baselines(config: NumbersConfig, seed: int) -> tuple[tuple[str, float], ...
         found.append((family, float(best.score(x_test, test.labels))))
 
     def reader(place: int, divisor: int) -> np.ndarray:
-        columns = slice(64 * place, 64 * (place + 1))
-        model = LogisticRegression(C=0.1, max_iter=300).fit(x[:, columns], y // divisor % 10)
-        return np.asarray(model.predict(x_test[:, columns]))
+        def digit(images: np.ndarray) -> np.ndarray:
+            return images.reshape(-1, SIDE, 2, SIDE)[:, :, place].reshape(-1, SIDE * SIDE)
+
+        model = LogisticRegression(C=0.1, max_iter=300).fit(digit(x), y // divisor % 10)
+        return np.asarray(model.predict(digit(x_test)))
 
     read = 10 * reader(0, 10) + reader(1, 1)
     found.append(("two digit readers, told the code", float((read == test.labels).mean())))
