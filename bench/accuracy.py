@@ -1,6 +1,6 @@
 """UML against the unimodal run over paired seeds: trains a recipe and keeps its summary as rows.
 
-    python -m bench.accuracy numbers --seeds 10      writes bench/results/accuracy_numbers.json
+python -m bench.accuracy numbers --seeds 10      writes bench/results/accuracy_numbers.json
 """
 
 from __future__ import annotations

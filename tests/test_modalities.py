@@ -19,9 +19,7 @@ from uml_fast.modalities.text import TextConfig
 from uml_fast.pack import Layout, PackedBatch, Region, pack_samples
 
 RNG = np.random.default_rng(0)
-IMAGE = ImageConfig(
-    name="image", height=8, width=12, channels=3, patch_height=4, patch_width=6
-)
+IMAGE = ImageConfig(name="image", height=8, width=12, channels=3, patch_height=4, patch_width=6)
 AUDIO = AudioConfig(name="audio", sample_rate=8000, row_samples=160, frames=2, window=200, mels=12)
 TEXT = TextConfig(name="text", vocabulary=11, positions=9)
 FEATURES = FeaturesConfig(name="features", size=5, standardise=True, positions=9)
@@ -120,8 +118,12 @@ def test_statistics_standardise_the_training_rows(config: ModalityConfig) -> Non
     view = pack(modality, samples).region(0)
     used = modality.features(view)[: len(rows)]
     per_column = used.view(len(rows), -1, len(modality.mean)).flatten(0, 1)  # type: ignore[arg-type]
-    torch.testing.assert_close(per_column.mean(0), torch.zeros(per_column.shape[1]), atol=1e-3, rtol=0)
-    torch.testing.assert_close(per_column.std(0), torch.ones(per_column.shape[1]), atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        per_column.mean(0), torch.zeros(per_column.shape[1]), atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(
+        per_column.std(0), torch.ones(per_column.shape[1]), atol=0.03, rtol=0
+    )
 
 
 def test_patches_are_in_reading_order_and_invertible() -> None:
@@ -184,7 +186,9 @@ def test_described_samples_are_what_went_in() -> None:
     png = base64.b64decode(built(IMAGE).describe(image)["png"])
     from PIL import Image as Pillow
 
-    np.testing.assert_array_equal(np.asarray(Pillow.open(io.BytesIO(png))), from_patches(image, IMAGE))
+    np.testing.assert_array_equal(
+        np.asarray(Pillow.open(io.BytesIO(png))), from_patches(image, IMAGE)
+    )
 
 
 def test_unusable_configurations_and_data_are_named() -> None:
@@ -194,5 +198,7 @@ def test_unusable_configurations_and_data_are_named() -> None:
         AudioConfig(name="a", row_samples=640, window=900)
     with pytest.raises(ConfigError, match=r"ids run from 0 to 11, the vocabulary has 11"):
         built(TEXT).fit(np.array([[0], [11]], np.int32), np.array([0, 2]))
-    with pytest.raises(ConfigError, match=r"text: the longest sample has 12 rows, but text\.positions"):
+    with pytest.raises(
+        ConfigError, match=r"text: the longest sample has 12 rows, but text\.positions"
+    ):
         built(TEXT).check(12, 1, "int32")

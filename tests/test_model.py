@@ -94,7 +94,9 @@ def test_samples_without_a_label_do_not_enter_the_loss() -> None:
 
 def test_total_is_weighted() -> None:
     config = tiny()
-    weighted = tuple(dataclasses.replace(m, weight=float(i)) for i, m in enumerate(config.modalities))
+    weighted = tuple(
+        dataclasses.replace(m, weight=float(i)) for i, m in enumerate(config.modalities)
+    )
     parts = {m.name: torch.tensor(10.0**i) for i, m in enumerate(weighted)}
     whole = total(parts, dataclasses.replace(config, modalities=weighted))
     assert whole.item() == 0 * 1 + 1 * 10 + 2 * 100 + 3 * 1000
@@ -143,7 +145,9 @@ def test_bf16_follows_fp32() -> None:
         model.dtype = dtype
         model.zero_grad()
         total(losses(model, batch, config, torch.tensor([3])), config).backward()
-        found[dtype] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found[dtype] = torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
     a, b = found[torch.float32], found[torch.bfloat16]
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.995
 
@@ -224,5 +228,7 @@ def test_vectors_and_positions_do_not_decay() -> None:
 
 
 def test_impossible_backbones_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"backbone\.width 10 is not a multiple of backbone\.heads 4"):
+    with pytest.raises(
+        ConfigError, match=r"backbone\.width 10 is not a multiple of backbone\.heads 4"
+    ):
         TransformerConfig(width=10, layers=1, heads=4, feed_forward=8)

@@ -182,9 +182,7 @@ def test_other_configuration_in_the_folder_is_refused_by_name(tmp_path: Path) ->
 def test_nan_loss_stops_and_names_samples_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     optim = OptimConfig(lr=1e30, clip_norm=0.0, schedule="constant", weight_decay=0.0)
     config = run_config(tmp_path / "run", modes=("uml",), optim=optim)
-    config = dataclasses.replace(
-        config, checkpoint=dataclasses.replace(config.checkpoint, every=1)
-    )
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=1))
     with pytest.raises(TrainingError, match=r"loss is (nan|inf).*checkpoint of step \d+ is kept"):
         train.train(config)
     named = json.loads((tmp_path / "run" / "trials" / "uml-0" / "nonfinite.json").read_text())
@@ -194,9 +192,7 @@ def test_nan_loss_stops_and_names_samples_and_keeps_the_checkpoint(tmp_path: Pat
 
 def test_patience_stops_early_and_restores_the_best(tmp_path: Path) -> None:
     config = run_config(tmp_path / "run", modes=("unimodal",), steps=200)
-    config = dataclasses.replace(
-        config, eval=dataclasses.replace(config.eval, every=2, patience=2)
-    )
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, every=2, patience=2))
     train.train(config)
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     values = [r["val"] for r in lines if "val" in r]

@@ -43,7 +43,9 @@ class ModalityConfig:
     """Factor of this modality's loss in the total (alpha of the paper)."""
 
     def __post_init__(self) -> None:
-        require(self.name.isidentifier(), f"modality name {self.name!r} must be a Python identifier")
+        require(
+            self.name.isidentifier(), f"modality name {self.name!r} must be a Python identifier"
+        )
         require(self.share > 0, f"{self.name}.share is {self.share}; it must be positive")
         require(self.weight >= 0, f"{self.name}.weight is {self.weight}; it must not be negative")
 
@@ -92,7 +94,9 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         if self.kind == "classification":
-            require(self.classes >= 2, f"objective.classes is {self.classes}; classification needs >= 2")
+            require(
+                self.classes >= 2, f"objective.classes is {self.classes}; classification needs >= 2"
+            )
         require(0 <= self.label_smoothing < 1, "objective.label_smoothing must be in [0, 1)")
 
 
@@ -155,7 +159,10 @@ class EvalConfig:
     """Check the theorems of paper 3.1 numerically and show them in the report."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0 and self.patience >= 0, "eval.every and eval.patience must not be negative")
+        require(
+            self.every >= 0 and self.patience >= 0,
+            "eval.every and eval.patience must not be negative",
+        )
         require(self.patience == 0 or self.every > 0, "eval.patience needs eval.every > 0")
 
 
@@ -229,7 +236,10 @@ class RunConfig:
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be >= 1")
         require(len(self.modes) >= 1, "modes is empty; name unimodal, uml or both")
         unknown = set(self.objective.project) - set(names)
-        require(not unknown, f"objective.project names {sorted(unknown)}, not among the modalities {names}")
+        require(
+            not unknown,
+            f"objective.project names {sorted(unknown)}, not among the modalities {names}",
+        )
 
     def modality(self, name: str) -> ModalityConfig:
         """The configuration of the modality called ``name``."""

@@ -34,7 +34,9 @@ def finished_trials(folder: Path) -> list[tuple[str, int]]:
     if not names:
         raise CheckpointError(f"{folder} has no finished trial; train it to the end first")
     order = read_config(folder).modes
-    return sorted(((mode, int(seed)) for mode, seed in names), key=lambda t: (t[1], order.index(t[0])))
+    return sorted(
+        ((mode, int(seed)) for mode, seed in names), key=lambda t: (t[1], order.index(t[0]))
+    )
 
 
 def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task]:
@@ -48,7 +50,9 @@ def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task
     place = folder / "trials" / f"{mode}-{seed}" / "checkpoints"
     saved = checkpoint.load_latest(place)
     if saved is None:
-        raise CheckpointError(f"{place} holds no checkpoint; trials there are: {finished_trials(folder)}")
+        raise CheckpointError(
+            f"{place} holds no checkpoint; trials there are: {finished_trials(folder)}"
+        )
     task = config.data.load(seed, mode)
     model = build_model(config, task, seed)
     prefix = "best/" if any(k.startswith("best/") for k in saved.tensors) else "model/"
@@ -62,7 +66,10 @@ def evaluate(folder: Path) -> Iterator[dict[str, Any]]:
     for mode, seed in finished_trials(folder):
         model, config, task = load_model(folder, mode, seed)
         device = resolve_device(config.device)
-        train, test = pack_source(task.source(config.target), device), pack_source(task.test, device)
+        train, test = (
+            pack_source(task.source(config.target), device),
+            pack_source(task.test, device),
+        )
         numbers = asdict(measure(model, config, train, test, task.class_names))
         if (task.test.labels >= 0).any():
             known = embeddings_and_labels(model, train)
@@ -75,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.evaluate``; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m uml_fast.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object instead of tables"
+    )
     args = parser.parse_args(argv)
     config = read_config(args.run)
     results = list(evaluate(args.run))
@@ -83,7 +92,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"results": results, "comparison": comparison}, indent=1))
         return 0
-    columns = [name for name in ("probe", "knn", "head", "error") if any(r.get(name) is not None for r in results)]
+    columns = [
+        name
+        for name in ("probe", "knn", "head", "error")
+        if any(r.get(name) is not None for r in results)
+    ]
     print("".join(f"{c:>10}" for c in ("mode", "seed", *columns)))
     for r in results:
         cells = "".join(f"{r[c]:10.4f}" if r.get(c) is not None else f"{'-':>10}" for c in columns)

@@ -26,7 +26,9 @@ def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:
     out = {}
     for name, tensor in model.state_dict().items():
         if name.startswith(own) or not name.startswith("modalities."):
-            is_foreign = name.startswith(("head.project.", "head.scale.")) and name.split(".")[2] != target
+            is_foreign = (
+                name.startswith(("head.project.", "head.scale.")) and name.split(".")[2] != target
+            )
             if not is_foreign:
                 out[name.removeprefix(own)] = tensor.detach().cpu().contiguous()
     return out
@@ -43,7 +45,9 @@ def export(folder: Path, mode: str, seed: int | None, out: Path | None) -> Path:
 
     trials = [t for t in finished_trials(folder) if t[0] == mode and seed in (None, t[1])]
     if not trials:
-        raise ConfigError(f"no finished trial {mode} seed {seed}; there are: {finished_trials(folder)}")
+        raise ConfigError(
+            f"no finished trial {mode} seed {seed}; there are: {finished_trials(folder)}"
+        )
     chosen = trials[0][1]
     model, config, task = load_model(folder, mode, chosen)
     path = out or folder / f"{config.target}.safetensors"
@@ -64,11 +68,15 @@ def export(folder: Path, mode: str, seed: int | None, out: Path | None) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.export``; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m uml_fast.export", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m uml_fast.export", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="format")
     parser.add_argument("--mode", default="uml", help="uml (default) or unimodal")
-    parser.add_argument("--seed", type=int, help="seed of the trial; default: the first that is finished")
+    parser.add_argument(
+        "--seed", type=int, help="seed of the trial; default: the first that is finished"
+    )
     parser.add_argument("--out", type=Path, help="file to write; default: RUN/<target>.safetensors")
     args = parser.parse_args(argv)
     print(export(args.run, args.mode, args.seed, args.out))

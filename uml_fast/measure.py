@@ -97,14 +97,20 @@ def embeddings_and_labels(model: Uml, packed: PackedSource) -> tuple[np.ndarray,
     return embed(model, packed)[has_label], packed.source.labels[has_label]
 
 
-def probe_accuracy(model: Uml, train: PackedSource, test: PackedSource, class_names: tuple[str, ...]) -> float:
+def probe_accuracy(
+    model: Uml, train: PackedSource, test: PackedSource, class_names: tuple[str, ...]
+) -> float:
     """Linear probe (paper 1.2): fitted on embeddings of ``train``, accuracy on ``test``."""
     return linear_probe(*embeddings_and_labels(model, train), *embeddings_and_labels(model, test),
                         class_names=class_names)  # fmt: skip
 
 
 def measure(
-    model: Uml, config: RunConfig, train: PackedSource, test: PackedSource, class_names: tuple[str, ...]
+    model: Uml,
+    config: RunConfig,
+    train: PackedSource,
+    test: PackedSource,
+    class_names: tuple[str, ...],
 ) -> Measurement:
     """All numbers the run asks for, on ``test``; ``train`` fits the probe."""
     has_labels = bool((test.source.labels >= 0).any())
@@ -118,7 +124,11 @@ def measure(
 
 
 def run_metric(
-    model: Uml, config: RunConfig, train: PackedSource, test: PackedSource, class_names: tuple[str, ...]
+    model: Uml,
+    config: RunConfig,
+    train: PackedSource,
+    test: PackedSource,
+    class_names: tuple[str, ...],
 ) -> float:
     """The number the run is judged by, on ``test``."""
     if config.metric == "head":

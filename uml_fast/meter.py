@@ -10,7 +10,13 @@ from uml_fast.config import RunConfig
 from uml_fast.data.loader import Loader
 from uml_fast.data.source import Source
 from uml_fast.device import resolve_dtype
-from uml_fast.flops import datasheet_peak, linear_flops, measured_peak, training_flops, transformer_flops
+from uml_fast.flops import (
+    datasheet_peak,
+    linear_flops,
+    measured_peak,
+    training_flops,
+    transformer_flops,
+)
 from uml_fast.model.transformer import TransformerConfig
 from uml_fast.model.uml import Uml
 
@@ -28,7 +34,9 @@ def flops_per_row(model: Uml, config: RunConfig, source: Source) -> float:
     forward = stem
     if isinstance(config.backbone, TransformerConfig):
         b = config.backbone
-        forward += transformer_flops(b.width, b.layers, b.feed_forward, source.lengths, causal=b.causal)
+        forward += transformer_flops(
+            b.width, b.layers, b.feed_forward, source.lengths, causal=b.causal
+        )
         if b.input_projection:
             forward += linear_flops(rows, b.width, b.width)
     else:
@@ -43,7 +51,12 @@ class Meter:
     """Reads the loader's counters and the clock; ``lap`` gives the rates since the last lap."""
 
     def __init__(
-        self, model: Uml, config: RunConfig, sources: tuple[Source, ...], loader: Loader, device: torch.device
+        self,
+        model: Uml,
+        config: RunConfig,
+        sources: tuple[Source, ...],
+        loader: Loader,
+        device: torch.device,
     ) -> None:
         self.loader = loader
         self.flops = {s.name: flops_per_row(model, config, s) for s in sources}

@@ -11,7 +11,9 @@ from uml_fast.model.uml import Uml
 from uml_fast.pack import PackedBatch
 
 
-def losses(model: Uml, batch: PackedBatch, config: RunConfig, rng_key: Tensor | None) -> dict[str, Tensor]:
+def losses(
+    model: Uml, batch: PackedBatch, config: RunConfig, rng_key: Tensor | None
+) -> dict[str, Tensor]:
     """One fp32 scalar per modality of the pack, not weighted.
 
     next_embedding: error of the predicted next row (paper 1.2). classification: cross-entropy of the shared
@@ -40,5 +42,7 @@ def total(parts: dict[str, Tensor], config: RunConfig) -> Tensor:
 
 def _cross_entropy(logits_SC: Tensor, label_S: Tensor, smoothing: float) -> Tensor:
     """Mean over labelled samples; 0 where there is none."""
-    summed = F.cross_entropy(logits_SC, label_S, ignore_index=-1, reduction="sum", label_smoothing=smoothing)
+    summed = F.cross_entropy(
+        logits_SC, label_S, ignore_index=-1, reduction="sum", label_smoothing=smoothing
+    )
     return summed / (label_S >= 0).sum().clamp(min=1)

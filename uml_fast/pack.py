@@ -190,7 +190,9 @@ def pack_samples(
                     f"its region takes {region.dtype}[rows, {region.row_elems}]"
                 )
             if not 1 <= n <= region.max_len:
-                raise ValueError(f"{region.name} sample {i} has {n} rows; 1..{region.max_len} are allowed")
+                raise ValueError(
+                    f"{region.name} sample {i} has {n} rows; 1..{region.max_len} are allowed"
+                )
             rest = end_row - row - n
             if rest < 0 or slot + 1 + padding_slots(rest, region.max_len) > end_slot:
                 raise ValueError(
@@ -213,7 +215,9 @@ def pack_samples(
         slot = end_slot
         raw.append(torch.from_numpy(rows))
     offsets[S] = T
-    as_tensors = [torch.from_numpy(a) for a in (offsets, modality, label, sample, position, segment)]
+    as_tensors = [
+        torch.from_numpy(a) for a in (offsets, modality, label, sample, position, segment)
+    ]
     return PackedBatch(layout, tuple(raw), *as_tensors)
 
 

@@ -55,7 +55,9 @@ def from_json(value: Any) -> Any:
             fields["out"] = Path(fields["out"])
         return kind(**fields)
     except (ImportError, AttributeError, TypeError, KeyError) as e:
-        raise ConfigError(f"run.json names {value['class']!r}, which this version cannot build: {e}") from e
+        raise ConfigError(
+            f"run.json names {value['class']!r}, which this version cannot build: {e}"
+        ) from e
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -68,7 +70,9 @@ def read_config(folder: Path) -> RunConfig:
     try:
         config = from_json(json.loads(path.read_text())["config"])
     except FileNotFoundError:
-        raise RunFolderError(f"{folder} holds no run (no run.json); train one with --out {folder}") from None
+        raise RunFolderError(
+            f"{folder} holds no run (no run.json); train one with --out {folder}"
+        ) from None
     except (OSError, json.JSONDecodeError, KeyError) as e:
         raise RunFolderError(f"cannot read {path}: {e}") from e
     if not isinstance(config, RunConfig):
@@ -96,7 +100,10 @@ def open_run(config: RunConfig) -> Path:
         logger.info("the run that was in %s is now in %s", folder, aside)
     if (folder / "run.json").exists():
         _check_same(folder, read_config(folder), config)
-    info = {"config": to_json(config), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | machine_info()
+    info = {
+        "config": to_json(config),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    } | machine_info()
     write_json(folder / "run.json", info)
     return folder
 
@@ -113,7 +120,9 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
         temporary.replace(path)
     except OSError as e:
-        raise RunFolderError(f"cannot write {path}: {e.strerror or e}; free space or choose another --out") from e
+        raise RunFolderError(
+            f"cannot write {path}: {e.strerror or e}; free space or choose another --out"
+        ) from e
 
 
 def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
@@ -131,7 +140,13 @@ def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else None
+    )
     if items is None:
         return {name: value}
     out: dict[str, Any] = {}

@@ -70,7 +70,9 @@ class TrainStep:
     def _clip(self) -> Tensor | None:
         if not self.config.optim.clip_norm:
             return None
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm).detach()
+        return torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.optim.clip_norm
+        ).detach()
 
 
 def _graphs() -> int:

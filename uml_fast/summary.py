@@ -21,9 +21,7 @@ from uml_fast.model.uml import Uml
 _RATES = ("tokens_per_s", "samples_per_s", "mfu", "mfu_datasheet", "stall_pct", "fill_pct")
 
 
-def summarise(
-    config: RunConfig, results: Sequence[dict[str, Any]], folder: Path
-) -> dict[str, Any]:
+def summarise(config: RunConfig, results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
     """The content of summary.json (docs/run-folder.md)."""
     info = machine_info()
     out: dict[str, Any] = {
@@ -78,7 +76,15 @@ def baselines(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict
     out = []
     for name, over_seeds in values.items():
         i = mean_interval(over_seeds)
-        out.append({"name": name, "mean": i.mean, "ci95_low": i.ci95_low, "ci95_high": i.ci95_high, "n": i.n})
+        out.append(
+            {
+                "name": name,
+                "mean": i.mean,
+                "ci95_low": i.ci95_low,
+                "ci95_high": i.ci95_high,
+                "n": i.n,
+            }
+        )
     return out
 
 
@@ -96,7 +102,9 @@ def throughput(folder: Path) -> dict[str, Any]:
                 if name in record:
                     laps[name].append(record[name])
         seen.add(trial)
-    rates: dict[str, Any] = {name: float(np.median(v)) if (v := laps.get(name)) else None for name in _RATES}
+    rates: dict[str, Any] = {
+        name: float(np.median(v)) if (v := laps.get(name)) else None for name in _RATES
+    }
     return rates | {"recompiles": recompiles}
 
 

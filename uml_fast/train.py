@@ -59,7 +59,9 @@ def _finish_trial(
         try:
             write_json(finished, trial.run(stop, run_log))
         except Stopped:
-            run_log.note(f"stopped at step {trial.step} of {mode} seed {seed}; the same command continues it")
+            run_log.note(
+                f"stopped at step {trial.step} of {mode} seed {seed}; the same command continues it"
+            )
             return None
     result: dict[str, Any] = json.loads(finished.read_text())
     return result

@@ -61,7 +61,9 @@ def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
     """
     names = [m.name for m in config.modalities]
     if [s.name for s in task.train] != names:
-        raise ConfigError(f"the data has modalities {[s.name for s in task.train]}, the run {names}")
+        raise ConfigError(
+            f"the data has modalities {[s.name for s in task.train]}, the run {names}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Uml(config, resolve_dtype(config.precision, resolve_device(config.device)))
@@ -115,7 +117,9 @@ class Trial:
             while self.step < config.steps and not self._is_patience_over():
                 batch, _ = next(loader)
                 result = self.train_step(batch, self.step)
-                self.unchecked.append((self.step, result.loss, batch.layout, batch.sample_S.clone()))
+                self.unchecked.append(
+                    (self.step, result.loss, batch.layout, batch.sample_S.clone())
+                )
                 self.step += 1
                 is_last = self.step == config.steps
                 is_logged = self.step % config.log_every == 0 or is_last
@@ -175,12 +179,16 @@ class Trial:
 
     def _validate(self) -> float:
         """The metric on the validation samples; remembers the best weights where patience is set."""
-        value = run_metric(self.model, self.config, self.target, self.validation, self.task.class_names)
+        value = run_metric(
+            self.model, self.config, self.target, self.validation, self.task.class_names
+        )
         if self.config.eval.patience:
             sign = -1 if self.config.metric == "error" else 1
             if self.best["metric"] is None or sign * value > sign * self.best["metric"]:
                 self.best = {"metric": value, "step": self.step, "failures": 0}
-                self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+                self.best_weights = {
+                    k: v.detach().clone() for k, v in self.model.state_dict().items()
+                }
             else:
                 self.best["failures"] += 1
         return value
@@ -194,7 +202,12 @@ class Trial:
         tensors |= {f"best/{k}": v for k, v in self.best_weights.items()}
         state = optimizer_tensors(self.train_step.optimizer, self.model)
         tensors |= {f"optimizer/{k}": v for k, v in state.items()}
-        meta = {"mode": self.mode, "seed": self.seed, "loader": loader.state_dict(), "best": self.best}
+        meta = {
+            "mode": self.mode,
+            "seed": self.seed,
+            "loader": loader.state_dict(),
+            "best": self.best,
+        }
         keep = self.config.checkpoint.keep
         checkpoint.save(self.folder / "checkpoints", self.step, tensors, meta, keep)
 
@@ -204,7 +217,9 @@ class Trial:
             return
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
+            return {
+                k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)
+            }
 
         self.model.load_state_dict(part("model/"))
         self.best_weights, self.best = part("best/"), saved.meta["best"]

@@ -42,19 +42,37 @@ class Source:
 
         n = len(self.offsets) - 1
         check(n >= 1, "no samples; give this modality data or take it out of the run")
-        check(self.rows.ndim == 2 and self.rows.flags.c_contiguous, "rows must be a contiguous 2-d array")
-        check(self.rows.dtype.name in ("uint8", "int16", "int32", "float32"), f"dtype {self.rows.dtype} is not a raw type")
-        check(self.offsets.dtype == np.int64 and self.offsets[0] == 0, "offsets must be int64 and start at 0")
-        check(self.offsets[-1] == len(self.rows), f"offsets end at {self.offsets[-1]}, there are {len(self.rows)} rows")
+        check(
+            self.rows.ndim == 2 and self.rows.flags.c_contiguous,
+            "rows must be a contiguous 2-d array",
+        )
+        check(
+            self.rows.dtype.name in ("uint8", "int16", "int32", "float32"),
+            f"dtype {self.rows.dtype} is not a raw type",
+        )
+        check(
+            self.offsets.dtype == np.int64 and self.offsets[0] == 0,
+            "offsets must be int64 and start at 0",
+        )
+        check(
+            self.offsets[-1] == len(self.rows),
+            f"offsets end at {self.offsets[-1]}, there are {len(self.rows)} rows",
+        )
         empty = np.flatnonzero(np.diff(self.offsets) < 1)
         check(len(empty) == 0, f"sample {self.key(empty[0]) if len(empty) else ''} has no rows")
-        check(self.labels.dtype == np.int32 and len(self.labels) == n, f"{len(self.labels)} labels for {n} samples")
+        check(
+            self.labels.dtype == np.int32 and len(self.labels) == n,
+            f"{len(self.labels)} labels for {n} samples",
+        )
         check(len(self.keys) in (0, n), f"{len(self.keys)} keys for {n} samples")
         if self.rows.dtype == np.float32:
             bad = np.flatnonzero(~np.isfinite(self.rows).all(1))
             if len(bad):
                 i = int(np.searchsorted(self.offsets, bad[0], "right")) - 1
-                check(False, f"sample {self.key(i)} holds NaN or infinity (row {bad[0] - self.offsets[i]})")
+                check(
+                    False,
+                    f"sample {self.key(i)} holds NaN or infinity (row {bad[0] - self.offsets[i]})",
+                )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -74,22 +92,35 @@ class Source:
 
     @staticmethod
     def from_samples(
-        name: str, samples: Sequence[np.ndarray], labels: Sequence[int] | None = None, keys: Sequence[str] = ()
+        name: str,
+        samples: Sequence[np.ndarray],
+        labels: Sequence[int] | None = None,
+        keys: Sequence[str] = (),
     ) -> Source:
         """Build a source from a list of (rows, E) arrays of one dtype."""
         if not samples:
-            raise DataError(f"{name}: no samples; give this modality data or take it out of the run")
+            raise DataError(
+                f"{name}: no samples; give this modality data or take it out of the run"
+            )
         widths = {(x.shape[1:], x.dtype) for x in samples}
         if len(widths) != 1:
-            raise DataError(f"{name}: samples differ in row size or dtype: {sorted(map(str, widths))}")
+            raise DataError(
+                f"{name}: samples differ in row size or dtype: {sorted(map(str, widths))}"
+            )
         offsets = np.concatenate([[0], np.cumsum([len(x) for x in samples])]).astype(np.int64)
-        filled = np.full(len(samples), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
-        return Source(name, np.ascontiguousarray(np.concatenate(samples)), offsets, filled, tuple(keys))
+        filled = (
+            np.full(len(samples), -1, np.int32) if labels is None else np.asarray(labels, np.int32)
+        )
+        return Source(
+            name, np.ascontiguousarray(np.concatenate(samples)), offsets, filled, tuple(keys)
+        )
 
     def select(self, indices: np.ndarray) -> Source:
         """The source of the given samples, in their order."""
         keys = tuple(self.key(i) for i in indices)
-        return Source.from_samples(self.name, [self.sample(i) for i in indices], self.labels[indices], keys)
+        return Source.from_samples(
+            self.name, [self.sample(i) for i in indices], self.labels[indices], keys
+        )
 
 
 @dataclass(frozen=True, slots=True)

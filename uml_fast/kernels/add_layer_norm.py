@@ -11,6 +11,7 @@ and rstd (T,) are saved.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, overload
 
 import torch
@@ -114,14 +115,12 @@ def _bwd_op(
             rng_key, site,
         )  # fmt: skip
         return a, b, c.to(weight.dtype, copy=True), d.to(bias.dtype, copy=True)
-    leaves = [t.detach().requires_grad_() for t in (input, residual, weight, bias)]
-    with torch.enable_grad():
-        outputs = add_layer_norm_reference(
-            leaves[0], leaves[1], leaves[2], leaves[3], eps, dropout_p=dropout_p, rng_key=rng_key,
-            site=site,
-        )  # fmt: skip
+    reference = functools.partial(
+        add_layer_norm_reference, eps=eps, dropout_p=dropout_p, rng_key=rng_key, site=site
+    )
+    _, pull = torch.func.vjp(reference, input, residual, weight, bias)
     grads = (grad_normed, torch.zeros_like(residual) if grad_summed is None else grad_summed)
-    a, b, c, d = torch.autograd.grad(outputs, leaves, grads)
+    a, b, c, d = pull(grads)
     return a, b.clone() if b is a else b, c, d
 
 

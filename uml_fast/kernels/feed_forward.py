@@ -10,6 +10,7 @@ are cast once and their gradients come back in it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -101,9 +102,7 @@ def feed_forward_bwd(
     """Native gradients of input, weight_up, bias_up (fp32), weight_down and bias_down (fp32)."""
     grad_down = weight_gradient(grad_out, hidden, weight_dtype)
     grad = torch.mm(grad_out, weight_down)
-    grad_bias = activation_bwd(
-        grad, hidden, product, bias_up, activation, dropout_p, rng_key, site
-    )
+    grad_bias = activation_bwd(grad, hidden, product, bias_up, activation, dropout_p, rng_key, site)
     grad_up = weight_gradient(grad, input, weight_dtype)
     grad_input = torch.mm(grad, weight_up)
     return grad_input, grad_up, grad_bias, grad_down, column_sum(grad_out)
@@ -146,14 +145,12 @@ def _bwd_op(
         )  # fmt: skip
         biases = (grads[2].to(bias_up.dtype), grads[4].to(bias_down.dtype))
         return grads[0], grads[1], biases[0], grads[3], biases[1]
-    leaves = [
-        t.detach().requires_grad_() for t in (input, weight_up, bias_up, weight_down, bias_down)
-    ]
-    with torch.enable_grad():
-        out = feed_forward_reference(
-            *leaves, activation=activation, dropout_p=dropout_p, rng_key=rng_key, site=site
-        )
-    a, b, c, d, e = torch.autograd.grad(out, leaves, grad_out)
+    reference = functools.partial(
+        feed_forward_reference, activation=activation, dropout_p=dropout_p, rng_key=rng_key,
+        site=site,
+    )  # fmt: skip
+    _, pull = torch.func.vjp(reference, input, weight_up, bias_up, weight_down, bias_down)
+    a, b, c, d, e = pull(grad_out)
     return a, b, c, d, e
 
 

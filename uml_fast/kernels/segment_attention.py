@@ -13,6 +13,7 @@ drawn again (rng.py, mask row t * H + h, column = key's position in its segment,
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
@@ -119,13 +120,12 @@ def _bwd_op(
             grad_out.contiguous(), query, key, value, offsets, lse, max_len, is_causal, scale,
             dropout_p, rng_key, site,
         )  # fmt: skip
-    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
-    with torch.enable_grad():
-        out = segment_attention_reference(
-            leaves[0], leaves[1], leaves[2], offsets, max_len, is_causal=is_causal,
-            dropout_p=dropout_p, rng_key=rng_key, site=site, scale=scale,
-        )  # fmt: skip
-    return torch.stack(torch.autograd.grad(out, leaves, grad_out), 1)
+    reference = functools.partial(
+        segment_attention_reference, offsets=offsets, max_len=max_len, is_causal=is_causal,
+        dropout_p=dropout_p, rng_key=rng_key, site=site, scale=scale,
+    )  # fmt: skip
+    _, pull = torch.func.vjp(reference, query, key, value)
+    return torch.stack(pull(grad_out), 1)
 
 
 @_bwd_op.register_fake

@@ -65,7 +65,11 @@ def from_patches(rows: np.ndarray, config: ImageConfig) -> np.ndarray:
     """Rows (patches, E) of one image to (H, W, channels)."""
     c = config
     grid = rows.reshape(
-        c.height // c.patch_height, c.width // c.patch_width, c.patch_height, c.patch_width, c.channels
+        c.height // c.patch_height,
+        c.width // c.patch_width,
+        c.patch_height,
+        c.patch_width,
+        c.channels,
     )
     return grid.transpose(0, 2, 1, 3, 4).reshape(c.height, c.width, c.channels)
 
@@ -108,7 +112,9 @@ def _png(image: np.ndarray) -> bytes:
     h, w, channels = image.shape
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", w, h, 8, 0 if channels == 1 else 2, 0, 0, 0)
     lines = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))

@@ -26,7 +26,9 @@ class TextConfig(ModalityConfig):
 
     def __post_init__(self) -> None:
         ModalityConfig.__post_init__(self)
-        require(self.vocabulary >= 2, f"{self.name}.vocabulary is {self.vocabulary}; it must be >= 2")
+        require(
+            self.vocabulary >= 2, f"{self.name}.vocabulary is {self.vocabulary}; it must be >= 2"
+        )
         require(self.positions >= 1, f"{self.name}.positions is {self.positions}; it must be >= 1")
 
     def build(self, width: int, output_width: int, decode: bool) -> Text:
@@ -53,7 +55,7 @@ class Text(Modality):
         """Check that every id is in the vocabulary."""
         low, high = int(rows.min()), int(rows.max())
         require(
-            0 <= low and high < self.vocabulary,
+            low >= 0 and high < self.vocabulary,
             f"{self.name}: token ids run from {low} to {high}, the vocabulary has {self.vocabulary}",
         )
 

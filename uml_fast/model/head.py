@@ -16,7 +16,9 @@ class SharedHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.classes, width))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
-        self.project = nn.ModuleDict({m: nn.Linear(width, width, bias=False) for m in config.project})
+        self.project = nn.ModuleDict(
+            {m: nn.Linear(width, width, bias=False) for m in config.project}
+        )
         scaled = modalities if config.learn_scale else ()
         self.scale = nn.ParameterDict({m: nn.Parameter(torch.ones(())) for m in scaled})
 
@@ -35,6 +37,8 @@ class SharedHead(nn.Module):
         Rows of classes without a sample keep their random value.
         """
         classes = len(self.weight)
-        sums = torch.zeros_like(self.weight).index_add_(0, label_N, embedding_NE.to(self.weight.dtype))
+        sums = torch.zeros_like(self.weight).index_add_(
+            0, label_N, embedding_NE.to(self.weight.dtype)
+        )
         present = torch.bincount(label_N, minlength=classes) > 0
         self.weight[present] = F.normalize(sums, dim=1)[present]

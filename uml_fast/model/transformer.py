@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from uml_fast.config import BackboneConfig, require
 from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.feed_forward import feed_forward
-from uml_fast.kernels.segment_attention import segment_attention
+from uml_fast.kernels.segment_attention import packed_segment_attention
 from uml_fast.modalities.base import Linear
 from uml_fast.model.backbone import Backbone
 from uml_fast.pack import PackedBatch
@@ -68,7 +68,12 @@ def multibench(width: int, dropout: float = 0.1) -> TransformerConfig:
 
 def vit(size: Literal["ti", "s", "b", "l"]) -> TransformerConfig:
     """Pre-norm encoders of the ViT family: Ti, S, B, L."""
-    width, layers, heads = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}[size]
+    width, layers, heads = {
+        "ti": (192, 12, 3),
+        "s": (384, 12, 6),
+        "b": (768, 12, 12),
+        "l": (1024, 24, 16),
+    }[size]
     return TransformerConfig(width=width, layers=layers, heads=heads, feed_forward=4 * width)
 
 
@@ -104,9 +109,9 @@ class Block(nn.Module):
 
     def attend(self, x_TD: Tensor, batch: PackedBatch, dropout: Dropout) -> Tensor:
         """Self-attention inside each segment, (T, D) -> (T, D)."""
-        q, k, v = self.qkv(x_TD).view(len(x_TD), 3, self.config.heads, -1).unbind(1)
-        mixed = segment_attention(
-            q, k, v, batch.offsets_S1, batch.max_len, is_causal=self.config.causal,
+        mixed = packed_segment_attention(
+            self.qkv(x_TD).view(len(x_TD), 3, self.config.heads, -1),
+            batch.offsets_S1, batch.max_len, is_causal=self.config.causal,
             dropout_p=dropout.p, rng_key=dropout.rng_key, site=self.site,
         )  # fmt: skip
         return self.out(mixed.flatten(1))
@@ -127,13 +132,19 @@ class Transformer(Backbone):
         super().__init__()
         self.config = config
         self.output_width = self.embedding_width = config.width
-        self.input_projection = Linear(config.width, config.width, bias=False) if config.input_projection else None
+        self.input_projection = (
+            Linear(config.width, config.width, bias=False) if config.input_projection else None
+        )
         self.blocks = nn.ModuleList(Block(config, site=4 * i) for i in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width) if config.norm == "pre" and config.layers else None
+        self.final_norm = (
+            nn.LayerNorm(config.width) if config.norm == "pre" and config.layers else None
+        )
         if config.positions == "learned":
             self.position = nn.Parameter(torch.randn(config.max_positions, config.width))
         elif config.positions == "sinusoid":
-            self.register_buffer("position", sinusoids(config.max_positions, config.width), persistent=False)
+            self.register_buffer(
+                "position", sinusoids(config.max_positions, config.width), persistent=False
+            )
 
     def forward(
         self, tokens_TD: Tensor, batch: PackedBatch, rng_key: Tensor | None
@@ -141,10 +152,14 @@ class Transformer(Backbone):
         """The same rows (T, D) for the decoders and to pool."""
         x = tokens_TD if self.input_projection is None else self.input_projection(tokens_TD)
         if self.config.positions != "none":
-            x = x + self.position[batch.position_T.long().clamp(max=self.config.max_positions - 1)].to(x.dtype)
+            x = x + self.position[
+                batch.position_T.long().clamp(max=self.config.max_positions - 1)
+            ].to(x.dtype)
         dropout = Dropout(0.0 if rng_key is None else self.config.dropout, rng_key)
         if self.blocks:
-            x = (self._post_norm if self.config.norm == "post" else self._pre_norm)(x, batch, dropout)
+            x = (self._post_norm if self.config.norm == "post" else self._pre_norm)(
+                x, batch, dropout
+            )
         return x, x
 
     def stack(self) -> list[Block]:
@@ -165,7 +180,9 @@ class Transformer(Backbone):
         norms = [block.norm1 for block in blocks[1:]] + [self.final_norm]
         dtype, residual = x.dtype, x.float()
         first = blocks[0].norm1
-        x = nn.functional.layer_norm(residual, first.normalized_shape, first.weight, first.bias).to(dtype)
+        x = nn.functional.layer_norm(residual, first.normalized_shape, first.weight, first.bias).to(
+            dtype
+        )
         for block, following in zip(blocks, norms, strict=True):
             x, residual = _add_norm_sum(
                 block.attend(x, batch, dropout), residual, block.norm2, dropout, block.site + 2

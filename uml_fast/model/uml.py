@@ -44,7 +44,9 @@ class Uml(nn.Module):
         self.modalities = nn.ModuleDict()
         self.head: SharedHead | None = None
         for m in sorted(config.modalities, key=lambda m: m.name != config.target):
-            self.modalities[m.name] = m.build(config.backbone.width, self.backbone.output_width, decode)
+            self.modalities[m.name] = m.build(
+                config.backbone.width, self.backbone.output_width, decode
+            )
             if m.name == config.target and not decode:
                 names = tuple(m.name for m in config.modalities)
                 self.head = SharedHead(config.objective, self.backbone.embedding_width, names)
@@ -61,11 +63,14 @@ class Uml(nn.Module):
         stems = [self.modality(r.name) for r in batch.layout.regions]
         features = tuple(stem.features(rows) for stem, rows in zip(stems, regions, strict=True))
         tokens = [
-            stem.embed(rows, f, self.dtype) for stem, rows, f in zip(stems, regions, features, strict=True)
+            stem.embed(rows, f, self.dtype)
+            for stem, rows, f in zip(stems, regions, features, strict=True)
         ]
         tokens_TD = tokens[0] if len(tokens) == 1 else torch.cat(tokens)
         hidden_TD, pooled_TE = self.backbone(tokens_TD, batch, rng_key)
-        return Encoded(regions, features, hidden_TD, segment_mean(pooled_TE, batch.offsets_S1).float())
+        return Encoded(
+            regions, features, hidden_TD, segment_mean(pooled_TE, batch.offsets_S1).float()
+        )
 
     def logits(self, embedding_SE: Tensor, modality: str) -> Tensor:
         """Logits (S, classes) of the shared head."""
