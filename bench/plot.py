@@ -85,8 +85,9 @@ def accuracy_table(content: Content) -> str:
 
     (c,) = content["comparison"]
     low, high = (shown(c[k]) for k in ("ci95_low", "ci95_high"))
+    metric = "error" if is_error else "accuracy"
     lines = [
-        f"| {content['recipe']}: {content['target']} {'error' if is_error else 'accuracy'} | mean |",
+        f"| {content['recipe']}: {content['target']} {metric} | mean |",
         "|---|---:|",
         f"| the target alone (same network, steps and target data) | {shown(c['unimodal_mean'])} |",
         f"| **UML** | **{shown(c['uml_mean'])}** |",

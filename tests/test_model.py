@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def test_learning_rate_warms_up_and_ends_near_zero() -> None:
     config = OptimConfig(lr=1.0, warmup_steps=4, schedule="cosine")
     rates = [learning_rate(s, 100, config) for s in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and 0 < rates[-1] < 1e-3
+    assert all(a > b for a, b in itertools.pairwise(rates[4:])) and 0 < rates[-1] < 1e-3
     constant = dataclasses.replace(config, schedule="constant")
     assert learning_rate(99, 100, constant) == 1.0
 

@@ -1,8 +1,8 @@
 """Run configuration: frozen dataclasses, one line of meaning and unit under each field.
 
-A run is one ``RunConfig``. Recipes are functions that return one; the command line overrides fields of it
-(``--optim.lr 3e-4``). Sections that have several kinds (a modality, a data set, a backbone) are base classes
-here, and the module that implements a kind owns its subclass.
+A run is one ``RunConfig``. Recipes are functions that return one; the command line overrides
+fields of it (``--optim.lr 3e-4``). Sections that have several kinds (a modality, a data set, a
+backbone) are base classes here, and the module that implements a kind owns its subclass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot run; the message names the field, its value and what would be accepted."""
+    """A configuration that cannot run: the message names field, value and what is accepted."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -50,13 +50,13 @@ class ModalityConfig:
         require(self.weight >= 0, f"{self.name}.weight is {self.weight}; it must not be negative")
 
     def build(self, width: int, output_width: int, decode: bool) -> Modality:
-        """The stem (to ``width``) and, where ``decode`` asks for it, the decoder (from ``output_width``)."""
+        """The stem (to ``width``) and, if ``decode``, the decoder (from ``output_width``)."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Where a run's samples come from. Subclasses live in ``uml_fast/data/`` and implement ``load``."""
+    """Where a run's samples come from. Subclasses in ``uml_fast/data/`` implement ``load``."""
 
     def load(self, seed: int, mode: str) -> Task:
         """The samples of one trial: those of a seed, for ``unimodal`` or ``uml``."""
@@ -80,7 +80,7 @@ class ObjectiveConfig:
     """What is minimised (paper 1.1): the sum over modalities of weight x loss."""
 
     kind: Literal["next_embedding", "classification"] = "classification"
-    """next_embedding: predict the next row of a segment; classification: one head shared by all modalities."""
+    """next_embedding: predict a segment's next row; classification: one head for all modalities."""
     classes: int = 0
     """Number of classes of the shared head; 0 where there is none."""
     label_smoothing: float = 0.0
@@ -90,7 +90,7 @@ class ObjectiveConfig:
     learn_scale: bool = False
     """Learn one logit scale per modality (initial value 1) instead of none."""
     init_head_from: str | None = None
-    """Modality whose class-mean embeddings, L2-normalised, initialise the head's rows; None: random."""
+    """Modality whose L2-normalised class-mean embeddings initialise the head; None: random."""
 
     def __post_init__(self) -> None:
         if self.kind == "classification":
@@ -105,7 +105,7 @@ class MixConfig:
     """How modalities share the packs (docs/design.md, scheduler)."""
 
     policy: Literal["joint", "alternate", "warmup"] = "joint"
-    """joint: every modality in every pack; alternate: one modality a pack; warmup: one side first, then joint."""
+    """joint: all modalities a pack; alternate: one a pack; warmup: one side first, then joint."""
     token_budget: int = 2048
     """Rows of a joint pack over all modalities."""
     warmup_epochs: float = 0.0
@@ -213,11 +213,11 @@ class RunConfig:
     modes: tuple[Literal["unimodal", "uml"], ...] = ("unimodal", "uml")
     """What is trained for every seed: the target alone, and all modalities."""
     metric: Literal["head", "probe", "error"] = "head"
-    """What the comparison reports: accuracy of the head or the probe, or the target's validation error."""
+    """What the comparison reports: accuracy of head or probe, or the target's validation error."""
     out: Path | None = None
     """Run folder; None: runs/<recipe>."""
     resume: str = "auto"
-    """auto: continue the run in the folder if there is one; never: start anew; else a run folder to continue."""
+    """auto: continue the folder's run if any; never: start anew; else a run folder to continue."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -62,7 +62,7 @@ def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task
 
 
 def evaluate(folder: Path) -> Iterator[dict[str, Any]]:
-    """For every finished trial: probe, head and error on the test samples, and 5-nearest-neighbour accuracy."""
+    """For every finished trial, on the test samples: probe, head, error and 5-NN accuracy."""
     for mode, seed in finished_trials(folder):
         model, config, task = load_model(folder, mode, seed)
         device = resolve_device(config.device)

@@ -1,7 +1,7 @@
-"""Write the target model of a run as a plain file: ``python -m uml_fast.export RUN --to safetensors``.
+"""Write a run's target model as a plain file: ``python -m uml_fast.export RUN --to safetensors``.
 
-The file holds the target's stem, the shared backbone and the head, nothing of the other modalities; docs/export.md
-loads it in 20 lines without uml_fast.
+The file holds the target's stem, the shared backbone and the head, nothing of the other modalities;
+docs/export.md loads it in 20 lines without uml_fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from uml_fast.run import to_json
 
 
 def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:
-    """Weights by plain names: ``stem.*``, ``position``, ``mean``, ``deviation``, ``backbone.*``, ``head.*``."""
+    """Weights by plain names.
+
+    They are ``stem.*``, ``position``, ``mean``, ``deviation``, ``backbone.*`` and ``head.*``.
+    """
     own = f"modalities.{target}."
     out = {}
     for name, tensor in model.state_dict().items():
@@ -35,7 +38,7 @@ def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:
 
 
 def export(folder: Path, mode: str, seed: int | None, out: Path | None) -> Path:
-    """Write ``<target>.safetensors`` with the configuration as JSON in its metadata; returns its path.
+    """Write ``<target>.safetensors`` with the configuration as JSON metadata; returns its path.
 
     Raises:
         RunFolderError: the folder holds no run, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""What a trained model is worth on the target modality: embeddings, head accuracy, probe, prediction error.
+"""What a trained model is worth on the target: embeddings, head accuracy, probe, prediction error.
 
 Legend: N samples, E embedding width.
 """

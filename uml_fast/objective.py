@@ -16,8 +16,8 @@ def losses(
 ) -> dict[str, Tensor]:
     """One fp32 scalar per modality of the pack, not weighted.
 
-    next_embedding: error of the predicted next row (paper 1.2). classification: cross-entropy of the shared
-    head over the labelled samples (paper 1.4).
+    next_embedding: error of the predicted next row (paper 1.2). classification: cross-entropy of
+    the shared head over the labelled samples (paper 1.4).
     """
     encoded = model(batch, rng_key)
     out: dict[str, Tensor] = {}

@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of optimiser step ``step`` (0-based) of ``steps``: linear warm-up, then the schedule."""
+    """Learning rate of step ``step`` (0-based) of ``steps``: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":

@@ -1,9 +1,9 @@
-"""The packed batch: ragged segments of several modalities in one block of T rows, no padding between them.
+"""The packed batch: ragged segments of several modalities in T rows, no padding between them.
 
 Every modality is a ragged array of fixed-size *rows*, and one row becomes one token: an image patch
-(uint8), a hop of samples (int16), a token id (int32), a feature vector (float32). A pack is a fixed sequence of
-*regions*, one per modality; a region has a fixed number of rows and of segment slots, so every shape of a run is
-fixed, stems write static slices, and nothing recompiles.
+(uint8), a hop of samples (int16), a token id (int32), a feature vector (float32). A pack is a fixed
+sequence of *regions*, one per modality; a region has a fixed number of rows and of segment slots,
+so every shape of a run is fixed, stems write static slices, and nothing recompiles.
 
 Legend: T rows of a pack, S segment slots, C rows of a region, E elements of a row.
 """
@@ -75,9 +75,9 @@ class Layout:
 class PackedBatch:
     """One pack on a device.
 
-    Segments of a region come first; rows behind them up to the region's end are covered by padding segments
-    of at most ``max_len`` rows, and slots left over are empty segments at the region's end. So offsets never
-    decrease, start at 0, end at T, and cover every row once.
+    Segments of a region come first; rows behind them up to the region's end are covered by padding
+    segments of at most ``max_len`` rows, and slots left over are empty segments at the region's
+    end. So offsets never decrease, start at 0, end at T, and cover every row once.
     """
 
     layout: Layout
@@ -108,8 +108,9 @@ class PackedBatch:
             return t.to(device, non_blocking=non_blocking)
 
         return PackedBatch(
-            self.layout, tuple(move(r) for r in self.raw), move(self.offsets_S1), move(self.modality_S),
-            move(self.label_S), move(self.sample_S), move(self.position_T), move(self.segment_T),
+            self.layout, tuple(move(r) for r in self.raw), move(self.offsets_S1),
+            move(self.modality_S), move(self.label_S), move(self.sample_S), move(self.position_T),
+            move(self.segment_T),
         )  # fmt: skip
 
     def valid_T(self) -> Tensor:
@@ -165,8 +166,8 @@ def pack_samples(
         labels: per modality one class per sample; -1 where absent.
 
     Raises:
-        ValueError: a sample is empty, longer than ``max_len`` or of another row size or dtype, or the
-            samples of a modality do not fit its region.
+        ValueError: a sample is empty, longer than ``max_len`` or of another row size or dtype, or
+            the samples of a modality do not fit its region.
     """
     S, T = layout.slots, layout.rows
     offsets = np.zeros(S + 1, np.int32)
@@ -196,8 +197,8 @@ def pack_samples(
             rest = end_row - row - n
             if rest < 0 or slot + 1 + padding_slots(rest, region.max_len) > end_slot:
                 raise ValueError(
-                    f"{region.name}: {len(given)} samples do not fit a region of {region.rows} rows "
-                    f"and {region.slots} slots"
+                    f"{region.name}: {len(given)} samples do not fit a region of {region.rows} "
+                    f"rows and {region.slots} slots"
                 )
             rows[row - start_row : row - start_row + n] = x
             offsets[slot], modality[slot], sample[slot] = row, m, i

@@ -1,7 +1,7 @@
-"""The run folder: what was asked for (run.json), and the safe way to start, continue or set aside a run.
+"""The run folder: what was asked for (run.json), how to safely start, continue or set one aside.
 
-A folder holds run.json, metrics.jsonl, trials/<mode>-<seed>/{checkpoints/, result.json}, summary.json,
-samples.json, report.html and TensorBoard events.
+A folder holds run.json, metrics.jsonl, trials/<mode>-<seed>/{checkpoints/, result.json},
+summary.json, samples.json, report.html and TensorBoard events.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from uml_fast.machine import machine_info
 logger = logging.getLogger("uml_fast")
 
 _MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint")
-"""Fields in which a continued run may differ from the one in its folder: they do not change a trial."""
+"""Fields in which a continued run may differ from its folder's: they do not change a trial."""
 
 
 def to_json(value: Any) -> Any:
@@ -83,12 +83,13 @@ def read_config(folder: Path) -> RunConfig:
 def open_run(config: RunConfig) -> Path:
     """Make or continue the run folder; returns its path.
 
-    ``resume`` auto continues the run in the folder if there is one, never sets it aside under a dated name,
-    and a path continues the run there.
+    ``resume`` auto continues the run in the folder if there is one, never sets it aside under a
+    dated name, and a path continues the run there.
 
     Raises:
         RunFolderError: the folder cannot be written.
-        ConfigError: the folder holds a run that was configured otherwise; the message names the fields.
+        ConfigError: the folder holds a run that was configured otherwise; the message names the
+            fields.
     """
     folder = config.out or Path("runs") / Path(config.recipe.split(":")[0]).stem
     if config.resume not in ("auto", "never"):
@@ -134,8 +135,8 @@ def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
     if changed:
         shown = ", ".join(f"{n} ({a.get(n)} -> {b.get(n)})" for n in changed[:5])
         raise ConfigError(
-            f"{folder} holds a run with another configuration: {shown}. Use --resume never to set it aside, "
-            "or another --out"
+            f"{folder} holds a run with another configuration: {shown}. Use --resume never to set "
+            "it aside, or another --out"
         )
 
 

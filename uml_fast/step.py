@@ -50,7 +50,7 @@ class TrainStep:
 
     @property
     def recompiles(self) -> int:
-        """Graphs compiled beyond one per layout; 0 unless a shape or a constant changed during training."""
+        """Graphs compiled beyond one per layout; 0 unless a shape or constant changed."""
         return max(0, _graphs() - self._graphs_before - len(self._layouts))
 
     def __call__(self, batch: PackedBatch, step: int) -> StepResult:

@@ -1,4 +1,4 @@
-"""From trials to a verdict: the comparison of modes over paired seeds, and what the report shows."""
+"""From trials to a verdict: modes compared over paired seeds, and what the report shows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _check_record(check: TheoremCheck) -> dict[str, Any]:
 
 
 def compare(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """UML against unimodal over the seeds that have both, on the run's metric; empty where one is missing."""
+    """UML against unimodal on the run's metric, over seeds that have both; empty where none has."""
     by_mode: dict[str, dict[int, float]] = defaultdict(dict)
     for r in results:
         if r[config.metric] is not None:
@@ -59,11 +59,17 @@ def compare(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[s
     )
     return [
         {
-            "shots": None, "metric": config.metric, "unimodal_mean": c.unimodal_mean, "uml_mean": c.uml_mean,
-            "paired_diff_mean": c.paired_diff_mean, "ci95_low": c.ci95_low, "ci95_high": c.ci95_high,
-            "n": c.n, "verdict": c.verdict,
+            "shots": None,
+            "metric": config.metric,
+            "unimodal_mean": c.unimodal_mean,
+            "uml_mean": c.uml_mean,
+            "paired_diff_mean": c.paired_diff_mean,
+            "ci95_low": c.ci95_low,
+            "ci95_high": c.ci95_high,
+            "n": c.n,
+            "verdict": c.verdict,
         }
-    ]  # fmt: skip
+    ]
 
 
 def baselines(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,7 +95,7 @@ def baselines(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict
 
 
 def throughput(folder: Path) -> dict[str, Any]:
-    """Medians of the UML trials' logged rates, the first lap of each left out (it pays for warming up)."""
+    """Medians of the UML trials' logged rates, without the first laps (they pay for warm-up)."""
     laps: dict[str, list[float]] = defaultdict(list)
     recompiles, seen = 0, set()
     for record in read_metrics(folder):

@@ -20,7 +20,7 @@ from uml_fast.trial import Stopped, Trial
 
 
 def train(config: RunConfig) -> Path | None:
-    """Train (or continue) a run; returns its folder, or None if it was asked to stop before the end.
+    """Train (or continue) a run; returns its folder, or None if asked to stop before the end.
 
     Raises:
         ConfigError, DataError: the configuration or the data cannot be used.

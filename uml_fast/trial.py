@@ -27,7 +27,7 @@ logger = logging.getLogger("uml_fast")
 
 
 class TrainingError(RuntimeError):
-    """A trial that cannot go on; the message says where it stopped and where the last good state is."""
+    """A trial that cannot go on; the message says where it stopped and the last good state."""
 
 
 class Stopped(Exception):
@@ -42,7 +42,8 @@ def shares_of(config: RunConfig) -> dict[str, float]:
 def plan_mix(config: RunConfig, mode: str, seed: int) -> tuple[MixConfig, tuple[Layout, ...]]:
     """The mix and layouts of one mode.
 
-    A unimodal pack has as many target rows as a UML pack, so that both modes see the same target data per step.
+    A unimodal pack has as many target rows as a UML pack, so that both modes see the same target
+    data per step.
     """
     sources = config.data.load(seed, "uml").train
     joint = layouts_of(sources, config.mix, shares_of(config), config.target)
@@ -54,7 +55,7 @@ def plan_mix(config: RunConfig, mode: str, seed: int) -> tuple[MixConfig, tuple[
 
 
 def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
-    """The model of one trial, with weights drawn from ``seed`` and statistics of the training data, on the CPU.
+    """One trial's model on the CPU: weights drawn from ``seed``, statistics of the training data.
 
     Raises:
         ConfigError: the data's modalities, row sizes or lengths do not fit the configuration's.
@@ -173,12 +174,13 @@ class Trial:
         newest = checkpoint.load_latest(self.folder / "checkpoints")
         kept = f"the checkpoint of step {newest.step}" if newest else "no checkpoint yet"
         raise TrainingError(
-            f"{self.mode} seed {self.seed}: the loss is {loss} at step {step + 1}. The samples of that pack are in "
-            f"{path}; {kept} is kept. Try a lower --optim.lr or --optim.clip-norm 1"
+            f"{self.mode} seed {self.seed}: the loss is {loss} at step {step + 1}. The samples of "
+            f"that pack are in {path}; {kept} is kept. Try a lower --optim.lr or "
+            "--optim.clip-norm 1"
         )
 
     def _validate(self) -> float:
-        """The metric on the validation samples; remembers the best weights where patience is set."""
+        """The metric on the validation samples; remembers the best weights if patience is set."""
         value = run_metric(
             self.model, self.config, self.target, self.validation, self.task.class_names
         )

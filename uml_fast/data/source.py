@@ -12,7 +12,7 @@ import numpy as np
 
 
 class DataError(ValueError):
-    """Samples that cannot be used; the message names the source, the sample and what is wrong with it."""
+    """Samples that cannot be used; the message names the source, the sample and what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class Source:
     """Samples of one modality. Checked once, here, so that nothing behind it has to.
 
     Raises:
-        DataError: no samples, an empty sample, offsets that do not cover the rows, a row count that differs
-            from the labels', or a value that is not finite.
+        DataError: no samples, an empty sample, offsets that do not cover the rows, a row count
+            that differs from the labels', or a value that is not finite.
     """
 
     name: str

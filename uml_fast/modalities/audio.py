@@ -39,11 +39,16 @@ class AudioConfig(ModalityConfig):
 
     def __post_init__(self) -> None:
         ModalityConfig.__post_init__(self)
-        require(self.row_samples % self.frames == 0,
-                f"{self.name}: row_samples {self.row_samples} is not a multiple of frames {self.frames}")  # fmt: skip
-        require(self.hop <= self.window <= self.row_samples + self.hop,
-                f"{self.name}: window {self.window} must lie in {self.hop}..{self.row_samples + self.hop} "
-                "(hop to row_samples + hop)")  # fmt: skip
+        require(
+            self.row_samples % self.frames == 0,
+            f"{self.name}: row_samples {self.row_samples} is not a multiple of frames "
+            f"{self.frames}",
+        )
+        require(
+            self.hop <= self.window <= self.row_samples + self.hop,
+            f"{self.name}: window {self.window} must lie in "
+            f"{self.hop}..{self.row_samples + self.hop} (hop to row_samples + hop)",
+        )
 
     @property
     def hop(self) -> int:
@@ -64,7 +69,7 @@ def to_rows(waveform: np.ndarray, row_samples: int) -> np.ndarray:
 
 
 def mel_filters(sample_rate: int, window: int, mels: int) -> Tensor:
-    """Triangular mel filters (window // 2 + 1, mels), HTK scale, peak 1, 0 Hz to half the sample rate."""
+    """Triangular HTK-scale mel filters (window // 2 + 1, mels): peak 1, 0 to sample_rate / 2 Hz."""
     hertz = torch.linspace(0, sample_rate / 2, window // 2 + 1, dtype=torch.float64)
     top = 2595 * np.log10(1 + sample_rate / 2 / 700)
     edges = 700 * (10 ** (torch.linspace(0, top, mels + 2, dtype=torch.float64) / 2595) - 1)
@@ -74,7 +79,7 @@ def mel_filters(sample_rate: int, window: int, mels: int) -> Tensor:
 
 
 def windowed_dft(window: int) -> Tensor:
-    """Real DFT under a periodic Hann window as one matrix (window, 2 * (window // 2 + 1)): cosines, then sines."""
+    """Periodic Hann and real DFT: (window, 2 * (window // 2 + 1)), cosines, then sines."""
     n = torch.arange(window, dtype=torch.float64)
     k = torch.arange(window // 2 + 1, dtype=torch.float64)
     angle = 2 * torch.pi * n[:, None] * k[None, :] / window
@@ -85,8 +90,8 @@ def windowed_dft(window: int) -> Tensor:
 class Audio(Modality):
     """``tokens = Linear((log(mel(|DFT(frames)|^2) + 1e-6) - mean) / deviation) + position``.
 
-    A frame starts every hop and may reach into the next row of the same sound; behind the last row there is
-    silence, so a sound's features depend on that sound alone.
+    A frame starts every hop and may reach into the next row of the same sound; behind the last row
+    there is silence, so a sound's features depend on that sound alone.
     """
 
     row_dtype = "int16"

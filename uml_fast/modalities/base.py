@@ -27,7 +27,8 @@ class Modality(nn.Module):
     """Stem and decoder of one modality. Subclasses define ``features`` and ``describe``.
 
     The stem is ``tokens = Linear(features(rows)) + position``, as in paper 1.2; the decoder is
-    ``Linear(D -> F)`` and predicts the features of the next row (or, for single vectors, of the row itself).
+    ``Linear(D -> F)`` and predicts the features of the next row (or, for single vectors, of the row
+    itself).
     """
 
     row_elems: int
@@ -62,7 +63,7 @@ class Modality(nn.Module):
         raise NotImplementedError
 
     def describe(self, sample: np.ndarray) -> dict[str, Any]:
-        """One sample as a person sees it: ``kind`` with ``png``, ``wav``, ``text`` or ``values``."""
+        """A sample as a person sees it: ``kind`` with ``png``, ``wav``, ``text`` or ``values``."""
         raise NotImplementedError
 
     def check(self, longest: int, row_elems: int, dtype: str) -> None:
@@ -101,7 +102,7 @@ class Modality(nn.Module):
         return masked_mean(error, self.predicts_C(region)[:-1])
 
     def predicts_C(self, region: RegionRows) -> Tensor:
-        """bool (C,) rows that predict something: those with a next row, or all where a row predicts itself."""
+        """bool (C,) rows that predict: those with a next row, or all if a row predicts itself."""
         return region.valid_C if self.autoencode else region.continues_C()
 
 

@@ -1,4 +1,4 @@
-"""Feature rows: float vectors from somebody else's encoder or sensor (MultiBench style), or single vectors."""
+"""Feature rows: float vectors from an encoder or sensor (MultiBench style), or single vectors."""
 
 from __future__ import annotations
 

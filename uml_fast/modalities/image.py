@@ -39,8 +39,10 @@ class ImageConfig(ModalityConfig):
             (self.height, self.patch_height, "height"),
             (self.width, self.patch_width, "width"),
         ):
-            require(patch >= 1 and size % patch == 0,
-                    f"{self.name}: {axis} {size} is not a multiple of the patch's {patch}")  # fmt: skip
+            require(
+                patch >= 1 and size % patch == 0,
+                f"{self.name}: {axis} {size} is not a multiple of the patch's {patch}",
+            )
 
     @property
     def patches(self) -> int:
@@ -75,7 +77,10 @@ def from_patches(rows: np.ndarray, config: ImageConfig) -> np.ndarray:
 
 
 class Image(Modality):
-    """``tokens = Linear((pixels / 255 - mean) / deviation) + position``; mean and deviation per channel."""
+    """``tokens = Linear((pixels / 255 - mean) / deviation) + position``.
+
+    mean and deviation are per channel.
+    """
 
     row_dtype = "uint8"
     mean: Tensor
@@ -118,6 +123,5 @@ def _png(image: np.ndarray) -> bytes:
 
     header = struct.pack(">IIBBBBB", w, h, 8, 0 if channels == 1 else 2, 0, 0, 0)
     lines = b"".join(b"\0" + row.tobytes() for row in np.ascontiguousarray(image))
-    return b"".join(
-        (b"\x89PNG\r\n\x1a\n", chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b""))
-    )  # fmt: skip
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks

@@ -56,7 +56,8 @@ class Text(Modality):
         low, high = int(rows.min()), int(rows.max())
         require(
             low >= 0 and high < self.vocabulary,
-            f"{self.name}: token ids run from {low} to {high}, the vocabulary has {self.vocabulary}",
+            f"{self.name}: token ids run from {low} to {high}, "
+            f"the vocabulary has {self.vocabulary}",
         )
 
     def features(self, region: RegionRows) -> Tensor:

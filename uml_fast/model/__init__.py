@@ -1,1 +1,1 @@
-"""The shared network: backbones, the shared head, and the model that joins them with the modalities."""
+"""The shared network: backbones, the head, and the model that joins them with the modalities."""

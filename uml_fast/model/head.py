@@ -10,7 +10,7 @@ from uml_fast.config import ObjectiveConfig
 
 
 class SharedHead(nn.Module):
-    """``logits_m = scale_m * W (P_m v)``; P and the scales are there where the configuration asks for them."""
+    """``logits_m = scale_m * W (P_m v)``; P and scales only if the configuration asks for them."""
 
     def __init__(self, config: ObjectiveConfig, width: int, modalities: tuple[str, ...]) -> None:
         super().__init__()

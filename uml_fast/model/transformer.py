@@ -1,7 +1,7 @@
 """The shared transformer over ragged segments, post-norm (the paper's) or pre-norm (ViT's).
 
-Legend: T rows of a pack, D width, H heads. The residual stream is fp32; matrix products take the dtype of the
-tokens that enter (docs/numerics.md).
+Legend: T rows of a pack, D width, H heads. The residual stream is fp32; matrix products take the
+dtype of the tokens that enter (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class TransformerConfig(BackboneConfig):
     norm: Literal["pre", "post"] = "pre"
     """Place of the layer norm; pre-norm has one more behind the last block."""
     dropout: float = 0.0
-    """Probability of dropout on attention weights, on the hidden layer and on both residual branches."""
+    """Probability of dropout on attention weights, the hidden layer and both residual branches."""
     causal: bool = False
     """Rows attend to earlier rows of their segment only."""
     input_projection: bool = False
-    """A bias-free linear map in front of the blocks, shared by all modalities (the paper's 1x1 convolution)."""
+    """A bias-free linear map before the blocks, for all modalities (paper: 1x1 convolution)."""
     positions: Literal["none", "learned", "sinusoid"] = "none"
     """Positions shared by all modalities, added in front of the blocks (besides the stems' own)."""
     max_positions: int = 128
@@ -49,8 +49,10 @@ class TransformerConfig(BackboneConfig):
 
     def __post_init__(self) -> None:
         require(self.layers >= 0, f"backbone.layers is {self.layers}; it must be >= 0")
-        require(self.heads >= 1 and self.width % self.heads == 0,
-                f"backbone.width {self.width} is not a multiple of backbone.heads {self.heads}")  # fmt: skip
+        require(
+            self.heads >= 1 and self.width % self.heads == 0,
+            f"backbone.width {self.width} is not a multiple of backbone.heads {self.heads}",
+        )
         require(0 <= self.dropout < 1, f"backbone.dropout is {self.dropout}; it must be in [0, 1)")
 
     def build(self) -> Transformer:
@@ -59,7 +61,7 @@ class TransformerConfig(BackboneConfig):
 
 
 def multibench(width: int, dropout: float = 0.1) -> TransformerConfig:
-    """The paper's preset for sequences of features (PAPER 1.2): 5 layers, 5 heads, FFN 2048, ReLU, post-norm."""
+    """Preset for feature sequences (PAPER 1.2): 5 layers, 5 heads, FFN 2048, ReLU, post-norm."""
     return TransformerConfig(
         width=width, layers=5, heads=5, feed_forward=2048, activation="relu", norm="post",
         dropout=dropout, causal=True, input_projection=True,
@@ -126,7 +128,7 @@ class Block(nn.Module):
 
 
 class Transformer(Backbone):
-    """The stack of blocks; its output is both what decoders read and what is pooled into embeddings."""
+    """The stack of blocks; decoders read its output, and it is pooled into embeddings."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -174,7 +176,7 @@ class Transformer(Backbone):
         return x
 
     def _pre_norm(self, x: Tensor, batch: PackedBatch, dropout: Dropout) -> Tensor:
-        """x += attend(norm1(x)); x += transform(norm2(x)); each sum is fused with the norm that follows it."""
+        """x += attend(norm1(x)); x += transform(norm2(x)); each sum is fused with the next norm."""
         assert self.final_norm is not None
         blocks = self.stack()
         norms = [block.norm1 for block in blocks[1:]] + [self.final_norm]
@@ -210,7 +212,7 @@ def _add_norm_sum(
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
-    """Fixed positions (positions, width): sines in the first half of the columns, cosines in the second."""
+    """Fixed positions (positions, width): sines in the first half, cosines in the second."""
     frequency = torch.exp(-torch.arange((width + 1) // 2) * (2 * math.log(10000.0) / width))
     angle = torch.arange(positions)[:, None] * frequency
     return torch.cat((angle.sin(), angle.cos()), 1)[:, :width]

@@ -58,7 +58,7 @@ class Uml(nn.Module):
         return found
 
     def forward(self, batch: PackedBatch, rng_key: Tensor | None = None) -> Encoded:
-        """Encode a pack. ``rng_key`` int64 (1,) draws a training step's dropout; None: no dropout."""
+        """Encode a pack. ``rng_key`` int64 (1,) draws a step's dropout; None: no dropout."""
         regions = tuple(batch.region(i) for i in range(len(batch.layout.regions)))
         stems = [self.modality(r.name) for r in batch.layout.regions]
         features = tuple(stem.features(rows) for stem, rows in zip(stems, regions, strict=True))

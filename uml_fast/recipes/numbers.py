@@ -1,4 +1,4 @@
-"""The embedded default: handwritten numbers, two pictures of each, with written and spoken names."""
+"""The embedded default: handwritten numbers, two pictures each, with written and spoken names."""
 
 from __future__ import annotations
 
