@@ -118,7 +118,7 @@ def _bwd_op(
     reference = functools.partial(
         add_layer_norm_reference, eps=eps, dropout_p=dropout_p, rng_key=rng_key, site=site
     )
-    _, pull = torch.func.vjp(reference, input, residual, weight, bias)
+    pull = torch.func.vjp(reference, input, residual, weight, bias)[1]
     grads = (grad_normed, torch.zeros_like(residual) if grad_summed is None else grad_summed)
     a, b, c, d = pull(grads)
     return a, b.clone() if b is a else b, c, d

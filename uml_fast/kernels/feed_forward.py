@@ -149,7 +149,7 @@ def _bwd_op(
         feed_forward_reference, activation=activation, dropout_p=dropout_p, rng_key=rng_key,
         site=site,
     )  # fmt: skip
-    _, pull = torch.func.vjp(reference, input, weight_up, bias_up, weight_down, bias_down)
+    pull = torch.func.vjp(reference, input, weight_up, bias_up, weight_down, bias_down)[1]
     a, b, c, d, e = pull(grad_out)
     return a, b, c, d, e
 

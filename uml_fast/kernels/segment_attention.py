@@ -124,7 +124,7 @@ def _bwd_op(
         segment_attention_reference, offsets=offsets, max_len=max_len, is_causal=is_causal,
         dropout_p=dropout_p, rng_key=rng_key, site=site, scale=scale,
     )  # fmt: skip
-    _, pull = torch.func.vjp(reference, query, key, value)
+    pull = torch.func.vjp(reference, query, key, value)[1]
     return torch.stack(pull(grad_out), 1)
 
 
