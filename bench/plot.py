@@ -3,7 +3,8 @@
     python -m bench.plot               reads bench/results/{step,factors,accuracy}_*.json, writes
                                        docs/img/step.svg and the tables between the README's markers
 
-The tables of ``step`` go between ``<!-- bench:step -->`` and ``<!-- /bench:step -->``, and so on.
+A table goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``: step, factors, or the recipe
+whose accuracy it shows.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def accuracy_table(content: Content) -> str:
     lines = [
         f"| {content['recipe']}: {content['target']} {metric} | mean |",
         "|---|---:|",
-        f"| the target alone (same network, steps and target data) | {shown(c['unimodal_mean'])} |",
+        f"| the target alone, same network and steps | {shown(c['unimodal_mean'])} |",
         f"| **UML** | **{shown(c['uml_mean'])}** |",
         f"| difference, paired over {c['n']} seeds | "
         f"{shown(c['paired_diff_mean'])} (95 % interval {low} to {high}) |",
@@ -149,14 +150,12 @@ def main() -> None:
         plot_step(content, ROOT / "docs" / "img" / "step.svg")
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for kind, table in (
-        ("step", step_table),
-        ("factors", factors_table),
-        ("accuracy", accuracy_table),
-    ):
+    for kind, table in (("step", step_table), ("factors", factors_table)):
         found = load(kind)
         if found:
             text = between_markers(text, kind, "\n\n".join(table(content) for content in found))
+    for content in load("accuracy"):
+        text = between_markers(text, content["recipe"], accuracy_table(content))
     readme.write_text(text, encoding="utf-8")
 
 
