@@ -3,8 +3,8 @@
     python -m bench.plot               reads bench/results/{step,factors,accuracy}_*.json, writes
                                        docs/img/step.svg and the tables between the README's markers
 
-A table goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``: step, factors, or the recipe
-whose accuracy it shows.
+A table goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``: step, factors, or the
+recipe whose accuracy it shows.
 """
 
 from __future__ import annotations
