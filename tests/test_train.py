@@ -19,11 +19,13 @@ import torch
 from safetensors import safe_open
 
 from tests.tiny import tiny
-from uml_fast import evaluate, export, train
-from uml_fast.config import ConfigError, OptimConfig, RunConfig
+from uml_fast import evaluate, export, train, trial
+from uml_fast.config import ConfigError, MixConfig, OptimConfig, RunConfig
+from uml_fast.data.source import DataError
 from uml_fast.data.synthetic import SyntheticConfig
+from uml_fast.log import RunFolderError
 from uml_fast.measure import embed, pack_source
-from uml_fast.run import from_json, to_json
+from uml_fast.run import from_json, locked, to_json
 from uml_fast.trial import TrainingError, build_model
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +109,7 @@ def test_killed_three_times_and_resumed_gives_the_same_losses(
         wait_for_steps(folder, process, target)
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL
     process = start(folder)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
@@ -183,7 +186,9 @@ def test_nan_loss_stops_and_names_samples_and_keeps_the_checkpoint(tmp_path: Pat
     optim = OptimConfig(lr=1e30, clip_norm=0.0, schedule="constant", weight_decay=0.0)
     config = run_config(tmp_path / "run", modes=("uml",), optim=optim)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=1))
-    with pytest.raises(TrainingError, match=r"loss is (nan|inf).*checkpoint of step \d+ is kept"):
+    with pytest.raises(
+        TrainingError, match=r"(loss is (nan|inf)|weights are not finite).*checkpoints: "
+    ):
         train.train(config)
     named = json.loads((tmp_path / "run" / "trials" / "uml-0" / "nonfinite.json").read_text())
     assert set(named["samples"]) == {"image", "audio", "text", "features"}
@@ -272,3 +277,106 @@ def test_losses_of_prediction_fall(tmp_path: Path) -> None:
     for name in lines[0]["losses"]:
         assert math.isfinite(lines[-1]["losses"][name])
         assert lines[-1]["losses"][name] < lines[0]["losses"][name]
+
+
+def test_stop_during_validation_saves_before_it_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_config(tmp_path / "run", modes=("uml",), log_every=5)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=0))
+
+    def stopped(*arguments: object) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        return 0.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "run_metric", stopped)
+        assert train.train(config) is None
+    saved = list((tmp_path / "run" / "trials" / "uml-0" / "checkpoints").iterdir())
+    assert [p.name for p in saved] == ["step-000000010.safetensors"]
+
+
+def test_early_stop_leaves_the_checkpoint_that_the_result_is_of(tmp_path: Path) -> None:
+    config = run_config(tmp_path / "run", modes=("unimodal",), steps=100)
+    config = dataclasses.replace(
+        config,
+        eval=dataclasses.replace(config.eval, every=2, patience=2),
+        checkpoint=dataclasses.replace(config.checkpoint, every=0),
+    )
+    train.train(config)
+    (result,) = json.loads((tmp_path / "run" / "summary.json").read_text())["results"]
+    (again,) = evaluate.evaluate(tmp_path / "run")
+    assert again["head"] == result["head"]
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_measured(tmp_path: Path) -> None:
+    optim = OptimConfig(lr=1e38, schedule="constant", weight_decay=0.0)
+    config = run_config(tmp_path / "run", modes=("uml",), optim=optim, steps=1)
+    with pytest.raises(TrainingError, match=r"weights are not finite at step 1.*none was saved"):
+        train.train(config)
+    assert (tmp_path / "run" / "trials" / "uml-0" / "nonfinite.json").exists()
+    assert not (tmp_path / "run" / "trials" / "uml-0" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        MixConfig(token_budget=700),
+        MixConfig(token_budget=700, policy="warmup", warmup_epochs=1),
+        MixConfig(token_budget=700, policy="warmup", warmup_epochs=1, warmup_first="target"),
+        MixConfig(token_budget=700, policy="alternate"),
+    ],
+    ids=["joint", "auxiliary-first", "target-first", "alternate"],
+)
+def test_unimodal_packs_have_the_target_rows_of_a_joint_pack(mix: MixConfig) -> None:
+    config = dataclasses.replace(tiny(), mix=mix)
+    task = config.data.load(0, "unimodal")
+    _, (layout,) = trial.plan_mix(config, "unimodal", task, 0)
+    assert layout.rows == pytest.approx(700 / 4, rel=0.1)
+
+
+def test_wrong_labels_and_missing_classes_are_named() -> None:
+    config = tiny()
+    task = config.data.load(0, "uml")
+    fewer = dataclasses.replace(config, objective=dataclasses.replace(config.objective, classes=2))
+    with pytest.raises(DataError, match=r"sample \S+ has label 2, objective\.classes is 2"):
+        build_model(fewer, task, 0)
+    more = dataclasses.replace(config, objective=dataclasses.replace(config.objective, classes=4))
+    with pytest.raises(DataError, match="1 of 4 classes have no training sample in any modality"):
+        build_model(more, task, 0)
+
+
+def test_metric_and_objective_must_agree() -> None:
+    with pytest.raises(ConfigError, match=r"metric 'error' needs objective\.kind 'next_embedding'"):
+        dataclasses.replace(tiny(), metric="error")
+    with pytest.raises(ConfigError, match=r"init_head_from names 'smell'"):
+        wrong = dataclasses.replace(tiny().objective, init_head_from="smell")
+        dataclasses.replace(tiny(), objective=wrong)
+
+
+def test_run_of_a_users_own_classes_is_evaluated_in_a_new_process(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(
+        "import dataclasses\n"
+        "from tests.tiny import tiny\n"
+        "from uml_fast.data.synthetic import SyntheticConfig\n"
+        "@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)\n"
+        "class Mine(SyntheticConfig):\n    pass\n"
+        "def mine():\n"
+        "    data = Mine(shape='mixed', samples=40, held_out=12, classes=3)\n"
+        "    return dataclasses.replace(tiny(), recipe='mine', data=data, steps=2, seeds=1)\n"
+    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for verb in (
+        ["train", f"{recipe}:mine", "--out", str(tmp_path / "run")],
+        ["evaluate", str(tmp_path / "run")],
+    ):
+        command = [sys.executable, "-m", f"uml_fast.{verb[0]}", *verb[1:]]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_second_process_in_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(RunFolderError, match="another process trains"):
+        train.train(run_config(tmp_path / "run", steps=1))

@@ -151,7 +151,8 @@ def load_latest(folder: Path) -> Checkpoint | None:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob(f"step-*{SUFFIX}"), key=_step_of, reverse=True)
+    files = [p for p in folder.glob(f"step-*{SUFFIX}") if _step_of(p) >= 0]
+    return sorted(files, key=_step_of, reverse=True)
 
 
 def _step_of(path: Path) -> int:

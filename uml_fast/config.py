@@ -70,6 +70,9 @@ class BackboneConfig:
     width: int
     """Features per token at the input of the backbone; stems project to it."""
 
+    def check(self, modality: str, longest: int) -> None:
+        """Raise ConfigError unless samples of ``longest`` rows of a modality fit the network."""
+
     def build(self) -> Backbone:
         """The network with freshly drawn weights."""
         raise NotImplementedError
@@ -139,6 +142,10 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive")
+        require(
+            all(0 <= b < 1 for b in self.betas),
+            f"optim.betas is {self.betas}; both must be in [0, 1)",
+        )
         require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
         require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
         require(self.clip_norm >= 0, "optim.clip_norm must not be negative")
@@ -235,10 +242,29 @@ class RunConfig:
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be >= 1")
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be >= 1")
         require(len(self.modes) >= 1, "modes is empty; name unimodal, uml or both")
+        self._check_metric()
         unknown = set(self.objective.project) - set(names)
         require(
             not unknown,
             f"objective.project names {sorted(unknown)}, not among the modalities {names}",
+        )
+
+    def _check_metric(self) -> None:
+        kind, start = self.objective.kind, self.objective.init_head_from
+        needs = "next_embedding" if self.metric == "error" else "classification"
+        require(
+            self.metric == "probe" or kind == needs,
+            f"metric {self.metric!r} needs objective.kind {needs!r}, it is {kind!r}; use "
+            "--metric probe, or head for classification, error for next_embedding",
+        )
+        require(self.metric != "probe" or self.eval.probe, "metric 'probe' needs eval.probe")
+        require(
+            start is None or kind == "classification",
+            "objective.init_head_from needs objective.kind 'classification'",
+        )
+        require(
+            start is None or any(m.name == start for m in self.modalities),
+            f"objective.init_head_from names {start!r}, which is no modality of the run",
         )
 
     def modality(self, name: str) -> ModalityConfig:

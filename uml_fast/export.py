@@ -44,6 +44,7 @@ def export(folder: Path, mode: str, seed: int | None, out: Path | None) -> Path:
         RunFolderError: the folder holds no run, or the file cannot be written.
         ConfigError: there is no finished trial of that mode and seed.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     trials = [t for t in finished_trials(folder) if t[0] == mode and seed in (None, t[1])]
@@ -63,8 +64,10 @@ def export(folder: Path, mode: str, seed: int | None, out: Path | None) -> Path:
         "trial": json.dumps({"recipe": config.recipe, "mode": mode, "seed": chosen}),
     }
     try:
-        save_file(target_tensors(model, config.target), path, metadata)
-    except OSError as e:
+        temporary = path.with_name(path.name + ".tmp")
+        save_file(target_tensors(model, config.target), temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as e:
         raise RunFolderError(f"cannot write {path}: {e}") from e
     return path
 

@@ -52,5 +52,4 @@ def load_optimizer_tensors(
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("/", 1)
         parameter = by_name[name]
-        kept = value.clone() if key == "step" else value.to(parameter.device).clone()
-        optimizer.state[parameter][key] = kept
+        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)

@@ -6,17 +6,23 @@ summary.json, samples.json, report.html and TensorBoard events.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib
 import json
 import logging
+import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.log import RunFolderError
 from uml_fast.machine import machine_info
+from uml_fast.recipes import RECIPE_MODULE, import_file
 
 logger = logging.getLogger("uml_fast")
 
@@ -28,10 +34,16 @@ def to_json(value: Any) -> Any:
     """A configuration as JSON; every dataclass carries its name under ``class``."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"class": f"{type(value).__module__}:{type(value).__qualname__}"} | fields
+        return {"class": f"{_place(type(value))}:{type(value).__qualname__}"} | fields
     if isinstance(value, tuple):
         return [to_json(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _place(kind: type) -> str:
+    """Where a class is imported from: its module, or the file of a user's own recipe."""
+    name = kind.__module__
+    return str(sys.modules[name].__file__) if name.startswith(RECIPE_MODULE) else name
 
 
 def from_json(value: Any) -> Any:
@@ -44,9 +56,11 @@ def from_json(value: Any) -> Any:
         return tuple(from_json(v) for v in value)
     if not isinstance(value, dict):
         return value
-    module, _, name = value["class"].partition(":")
+    place, _, name = value["class"].rpartition(":")
     try:
-        kind = getattr(importlib.import_module(module), name)
+        is_file = place.endswith(".py")
+        module = import_file(Path(place)) if is_file else importlib.import_module(place)
+        kind = getattr(module, name)
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
             raise TypeError(f"{name} is not a configuration")
         known = {f.name for f in dataclasses.fields(kind)}
@@ -109,6 +123,23 @@ def open_run(config: RunConfig) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in the folder.
+
+    Raises:
+        RunFolderError: another process does.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunFolderError(
+                f"another process trains in {folder}; wait for it, or choose another --out"
+            ) from None
+        yield
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that it is either the old one or the whole new one.
 
@@ -118,7 +149,10 @@ def write_json(path: Path, value: Any) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as e:
         raise RunFolderError(

@@ -22,7 +22,7 @@ _RATES = ("tokens_per_s", "samples_per_s", "mfu", "mfu_datasheet", "stall_pct", 
 
 
 def summarise(config: RunConfig, results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """The content of summary.json (docs/run-folder.md)."""
+    """The content of summary.json."""
     info = machine_info()
     out: dict[str, Any] = {
         "recipe": config.recipe, "target": config.target, "metric": config.metric,

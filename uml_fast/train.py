@@ -14,9 +14,11 @@ from uml_fast.checkpoint import StopSignal
 from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.report import print_table, write_report
-from uml_fast.run import open_run, write_json
+from uml_fast.run import locked, open_run, write_json
 from uml_fast.summary import describe_samples, summarise
 from uml_fast.trial import Stopped, Trial
+
+_AGAIN = "the same command continues it"
 
 
 def train(config: RunConfig) -> Path | None:
@@ -29,21 +31,30 @@ def train(config: RunConfig) -> Path | None:
         CheckpointError: all checkpoints of a trial are broken, or none can be written.
     """
     folder = open_run(config)
+    with locked(folder):
+        return folder if _train_all(config, folder) else None
+
+
+def _train_all(config: RunConfig, folder: Path) -> bool:
+    """Train what is missing and write the summary; False if asked to stop before the end."""
     seeds = range(config.seed, config.seed + config.seeds)
     trials = [log.Trial(mode, seed, config.steps) for seed in seeds for mode in config.modes]
     results = []
     with log.RunLog(folder, trials) as run_log, StopSignal() as stop:
         for planned in trials:
+            if stop:
+                run_log.note(f"stopped before {planned.mode} seed {planned.seed}; {_AGAIN}")
+                return False
             result = _finish_trial(config, planned.mode, planned.seed, folder, run_log, stop)
             if result is None:
-                return None
+                return False
             results.append(result)
     summary = summarise(config, results, folder)
     write_json(folder / "summary.json", summary)
     report = write_report(folder)
     print(print_table(summary))
     print(f"report: {report}")
-    return folder
+    return True
 
 
 def _finish_trial(
@@ -52,18 +63,24 @@ def _finish_trial(
     """The result of one trial, trained where it is not there yet; None if it was asked to stop."""
     place = folder / "trials" / f"{mode}-{seed}"
     finished = place / "result.json"
-    if not finished.exists():
+    if _read_result(finished) is None:
         trial = Trial(config, mode, seed, place)
         if mode == "uml" and not (folder / "samples.json").exists():
             write_json(folder / "samples.json", describe_samples(trial.model, trial.task))
         try:
             write_json(finished, trial.run(stop, run_log))
         except Stopped:
-            run_log.note(
-                f"stopped at step {trial.step} of {mode} seed {seed}; the same command continues it"
-            )
+            run_log.note(f"stopped at step {trial.step} of {mode} seed {seed}; {_AGAIN}")
             return None
-    result: dict[str, Any] = json.loads(finished.read_text())
+    return _read_result(finished)
+
+
+def _read_result(path: Path) -> dict[str, Any] | None:
+    """A trial's result; None where there is none, or only a torn one."""
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
     return result
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from uml_fast import checkpoint
 from uml_fast.config import ConfigError, MixConfig, RunConfig
 from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.source import Task
+from uml_fast.data.source import DataError, Task
 from uml_fast.device import resolve_device, resolve_dtype
 from uml_fast.log import RunLog
 from uml_fast.measure import init_head, measure, pack_source, run_metric
@@ -21,6 +21,7 @@ from uml_fast.meter import Meter
 from uml_fast.model.uml import Uml
 from uml_fast.optim import learning_rate, load_optimizer_tensors, optimizer_tensors
 from uml_fast.pack import Layout
+from uml_fast.run import write_json
 from uml_fast.step import StepResult, TrainStep
 
 logger = logging.getLogger("uml_fast")
@@ -39,19 +40,26 @@ def shares_of(config: RunConfig) -> dict[str, float]:
     return {m.name: m.share for m in config.modalities}
 
 
-def plan_mix(config: RunConfig, mode: str, seed: int) -> tuple[MixConfig, tuple[Layout, ...]]:
-    """The mix and layouts of one mode.
+def plan_mix(
+    config: RunConfig, mode: str, task: Task, seed: int
+) -> tuple[MixConfig, tuple[Layout, ...]]:
+    """The mix and layouts of one mode; ``task`` holds the mode's samples.
 
-    A unimodal pack has as many target rows as a UML pack, so that both modes see the same target
-    data per step.
+    A unimodal pack has as many target rows as a joint UML pack, so that both modes see the same
+    target data per step (under ``alternate``: on average).
     """
-    sources = config.data.load(seed, "uml").train
-    joint = layouts_of(sources, config.mix, shares_of(config), config.target)
+    shares = shares_of(config)
     if mode == "uml":
-        return config.mix, joint
-    rows = next(r.rows for layout in joint for r in layout.regions if r.name == config.target)
-    mix = MixConfig(policy="joint", token_budget=rows)
-    return mix, layouts_of(config.data.load(seed, mode).train, mix)
+        return config.mix, layouts_of(task.train, config.mix, shares, config.target)
+    if config.mix.policy == "alternate":
+        part = shares[config.target] / sum(shares.values())
+        rows = max(round(config.mix.token_budget * part), 2 * int(task.train[0].lengths.max()))
+    else:
+        sources = config.data.load(seed, "uml").train
+        joint = layouts_of(sources, config.mix, shares, config.target)[-1]
+        rows = next(r.rows for r in joint.regions if r.name == config.target)
+    alone = MixConfig(policy="joint", token_budget=rows)
+    return alone, layouts_of(task.train, alone)
 
 
 def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
@@ -59,6 +67,7 @@ def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
 
     Raises:
         ConfigError: the data's modalities, row sizes or lengths do not fit the configuration's.
+        DataError: the labels do not (``check_labels``).
     """
     names = [m.name for m in config.modalities]
     if [s.name for s in task.train] != names:
@@ -70,11 +79,43 @@ def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
         model = Uml(config, resolve_dtype(config.precision, resolve_device(config.device)))
     for source in task.train:
         modality = model.modality(source.name)
-        modality.check(int(source.lengths.max()), source.rows.shape[1], source.rows.dtype.name)
+        longest = int(source.lengths.max())
+        modality.check(longest, source.rows.shape[1], source.rows.dtype.name)
+        config.backbone.check(source.name, longest)
         modality.fit(source.rows, source.offsets)
+    if config.objective.kind == "classification":
+        check_labels(config, task)
     if config.objective.init_head_from is not None:
         init_head(model, task.source(config.objective.init_head_from))
     return model
+
+
+def check_labels(config: RunConfig, task: Task) -> None:
+    """Check the labels of a classification run.
+
+    Raises:
+        DataError: a label that is no class, a target without labels, or a class that no modality
+            has a sample of.
+    """
+    classes = config.objective.classes
+    for source in (*task.train, task.validation, task.test):
+        wrong = np.flatnonzero(source.labels >= classes)
+        if len(wrong):
+            raise DataError(
+                f"{source.name}: sample {source.key(wrong[0])} has label "
+                f"{source.labels[wrong[0]]}, objective.classes is {classes}"
+            )
+    if (task.source(config.target).labels < 0).all():
+        raise DataError(f"{config.target}: no training sample has a label")
+    seen = np.concatenate([s.labels for s in task.train])
+    missing = np.setdiff1d(np.arange(classes), seen)
+    if len(missing) and len(task.train) > 1:
+        named = dict(enumerate(task.class_names))
+        names = [named.get(int(c), str(c)) for c in missing[:5]]
+        raise DataError(
+            f"{len(missing)} of {classes} classes have no training sample in any modality: "
+            f"{', '.join(names)}; lower objective.classes or add samples"
+        )
 
 
 class Trial:
@@ -85,7 +126,7 @@ class Trial:
         self.mode, self.seed, self.folder = mode, seed, folder
         self.device = resolve_device(config.device)
         self.task = config.data.load(seed, mode)
-        self.mix, self.layouts = plan_mix(run_config, mode, seed)
+        self.mix, self.layouts = plan_mix(run_config, mode, self.task, seed)
         self.model = build_model(config, self.task, seed).to(self.device)
         self.train_step = TrainStep(self.model, config, seed)
         self.target = pack_source(self.task.source(config.target), self.device)
@@ -95,6 +136,8 @@ class Trial:
         self.best_weights: dict[str, Tensor] = {}
         self.unchecked: list[tuple[int, Tensor, Layout, Tensor]] = []
         """Steps whose loss was not read yet: (step, loss, layout, sample of each slot)."""
+        self.last: tuple[int, Tensor, Layout, Tensor] | None = None
+        """The newest step whose loss was read."""
 
     def run(self, stop: checkpoint.StopSignal, log: RunLog) -> dict[str, Any]:
         """Train to the end and measure.
@@ -108,7 +151,7 @@ class Trial:
 
         Raises:
             Stopped: ``stop`` was set; the state is saved.
-            TrainingError: the loss is not finite.
+            TrainingError: a loss or the weights are not finite.
         """
         config = self.config
         with self._loader() as loader:
@@ -123,9 +166,8 @@ class Trial:
                 )
                 self.step += 1
                 is_last = self.step == config.steps
-                is_logged = self.step % config.log_every == 0 or is_last
-                is_saved = is_last or bool(stop) or self._is_due(config.checkpoint.every)
-                if is_logged or is_saved or self.device.type == "cpu":
+                is_logged = is_last or self._is_due(config.log_every)
+                if is_logged or self.device.type == "cpu":
                     self._check_finite()
                 record = self._record(result, meter) if is_logged else {}
                 if config.eval.every and (is_last or self._is_due(config.eval.every)):
@@ -133,9 +175,12 @@ class Trial:
                     meter.restart()
                 if record:
                     log.write(self.step, **record)
-                if is_saved:
+                is_last = is_last or self._is_patience_over()
+                is_stopping = bool(stop) and not is_last
+                if is_last or is_stopping or self._is_due(config.checkpoint.every):
                     self._save(loader)
-                if stop and not is_last:
+                    meter.restart()
+                if is_stopping:
                     raise Stopped
         log.end()
         return self._result()
@@ -158,25 +203,35 @@ class Trial:
         return record | meter.lap() | {"recompiles": self.train_step.recompiles}
 
     def _check_finite(self) -> None:
-        """Stop at a loss that is not finite, before anything of it is saved."""
+        """Stop at a loss that is not finite."""
         for step, loss, layout, samples in self.unchecked:
             if not torch.isfinite(loss):
-                self._stop_at(step, float(loss), layout, samples.tolist())
+                self._stop_at(step, f"the loss is {float(loss)}", layout, samples.tolist())
+        self.last = self.unchecked[-1] if self.unchecked else self.last
         self.unchecked.clear()
 
-    def _stop_at(self, step: int, loss: float, layout: Layout, samples: list[int]) -> None:
+    def _check_weights(self) -> None:
+        """Stop at weights that are not finite, before they are saved or measured."""
+        norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
+        if not torch.isfinite(norms).all() and self.last is not None:
+            step, _, layout, samples = self.last
+            self._stop_at(step, "the weights are not finite", layout, samples.tolist())
+
+    def _stop_at(self, step: int, what: str, layout: Layout, samples: list[int]) -> None:
         keys = {}
         for i, region in enumerate(layout.regions):
             source = self.task.source(region.name)
             keys[region.name] = [source.key(s) for s in samples[layout.slot_slice(i)] if s >= 0]
         path = self.folder / "nonfinite.json"
-        path.write_text(json.dumps({"step": step, "loss": str(loss), "samples": keys}, indent=1))
-        newest = checkpoint.load_latest(self.folder / "checkpoints")
-        kept = f"the checkpoint of step {newest.step}" if newest else "no checkpoint yet"
+        write_json(path, {"step": step + 1, "what": what, "samples": keys})
+        try:
+            newest = checkpoint.load_latest(self.folder / "checkpoints")
+            kept = f"the checkpoint of step {newest.step} is kept" if newest else "none was saved"
+        except checkpoint.CheckpointError as e:
+            kept = str(e)
         raise TrainingError(
-            f"{self.mode} seed {self.seed}: the loss is {loss} at step {step + 1}. The samples of "
-            f"that pack are in {path}; {kept} is kept. Try a lower --optim.lr or "
-            "--optim.clip-norm 1"
+            f"{self.mode} seed {self.seed}: {what} at step {step + 1}. The samples of that pack "
+            f"are in {path}; checkpoints: {kept}. Try a lower --optim.lr or --optim.clip-norm 1"
         )
 
     def _validate(self) -> float:
@@ -200,6 +255,8 @@ class Trial:
         return bool(patience) and self.best["failures"] >= patience
 
     def _save(self, loader: Loader) -> None:
+        self._check_finite()
+        self._check_weights()
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best/{k}": v for k, v in self.best_weights.items()}
         state = optimizer_tensors(self.train_step.optimizer, self.model)

@@ -39,6 +39,7 @@ class AudioConfig(ModalityConfig):
 
     def __post_init__(self) -> None:
         ModalityConfig.__post_init__(self)
+        require(self.frames >= 1, f"{self.name}.frames is {self.frames}; it must be >= 1")
         require(
             self.row_samples % self.frames == 0,
             f"{self.name}: row_samples {self.row_samples} is not a multiple of frames "

@@ -1,7 +1,7 @@
 """The shared transformer over ragged segments, post-norm (the paper's) or pre-norm (ViT's).
 
-Legend: T rows of a pack, D width, H heads. The residual stream is fp32; matrix products take the
-dtype of the tokens that enter (docs/numerics.md).
+Legend: T rows of a pack, D width, H heads. Matrix products take the dtype of the tokens that enter;
+the residual stream is fp32 under pre-norm and in that dtype under post-norm (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -54,6 +54,13 @@ class TransformerConfig(BackboneConfig):
             f"backbone.width {self.width} is not a multiple of backbone.heads {self.heads}",
         )
         require(0 <= self.dropout < 1, f"backbone.dropout is {self.dropout}; it must be in [0, 1)")
+
+    def check(self, modality: str, longest: int) -> None:
+        require(
+            self.positions == "none" or longest <= self.max_positions,
+            f"{modality}: the longest sample has {longest} rows, backbone.max_positions is "
+            f"{self.max_positions}; raise it or cut the samples",
+        )
 
     def build(self) -> Transformer:
         """The backbone with freshly drawn weights."""

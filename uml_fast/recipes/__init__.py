@@ -24,6 +24,9 @@ RECIPES = {
 }
 """Name of each recipe -> where its function is."""
 
+RECIPE_MODULE = "uml_recipe_"
+"""Module names of users' own recipe files begin with this."""
+
 DEFAULT = "numbers"
 """Recipe of a run that names none."""
 
@@ -46,7 +49,7 @@ def load_recipe(name: str) -> RunConfig:
     """
     path, _, function = name.rpartition(":")
     if path.endswith(".py"):
-        recipe = _function(_import_file(Path(path)), function, path)
+        recipe = _function(import_file(Path(path)), function, path)
     elif name in RECIPES:
         module, _, function = RECIPES[name].partition(":")
         recipe = _function(importlib.import_module(module), function, module)
@@ -77,10 +80,15 @@ def describe() -> list[tuple[str, str]]:
     return lines
 
 
-def _import_file(path: Path) -> ModuleType:
+def import_file(path: Path) -> ModuleType:
+    """The module in a user's own recipe file.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
     if not path.is_file():
         raise ConfigError(f"there is no recipe file {path}")
-    name = f"uml_recipe_{path.stem}"
+    name = f"{RECIPE_MODULE}{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
