@@ -1,6 +1,6 @@
 """The command line: ``uml-fast <verb>``, overrides of a recipe, and errors as one clear line.
 
-Exit codes: 0 done, or stopped with everything saved; 2 the run cannot be done as asked (one message,
+Exit codes: 0 done, or stopped with everything saved; 2 it cannot be done as asked (one message,
 no traceback); 130 interrupted.
 ``UML_DEBUG=1`` shows the traceback of every error.
 """
