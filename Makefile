@@ -33,6 +33,8 @@ help:
 	@echo "make bench  speed of the training step, written to bench/results/"
 	@echo "make clean  remove what was built (.venv and runs/ stay)"
 
+# One thread: networks this small gain nothing from a second one, and lose much to busy neighbours.
+demo: export OMP_NUM_THREADS = 1
 demo: $(INSTALLED)
 	python -m uml_fast.train gaussian
 	python -m uml_fast.train
