@@ -91,8 +91,10 @@ class FakeDevice final : public Device {
     delete[] block.host;
     delete[] block.device;
   }
-  Event make_event() override { return new FakeEvent; }
-  void free_event(Event event) noexcept override { delete static_cast<FakeEvent*>(event); }
+  Event make_event() override { return events_.emplace_back(new FakeEvent).get(); }
+  // As on CUDA, work that is queued may still refer to an event that was freed: they live as long
+  // as the device.
+  void free_event(Event) noexcept override {}
   void record(Event event, Stream stream) override {
     auto* e = static_cast<FakeEvent*>(event);
     int64_t count;
@@ -138,6 +140,7 @@ class FakeDevice final : public Device {
     std::lock_guard lock(e->mutex);
     return e->recorded;
   }
+  std::deque<std::unique_ptr<FakeEvent>> events_;
   FakeStream copies_;
 };
 
