@@ -113,13 +113,13 @@ def open_run(config: RunConfig) -> Path:
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         logger.info("the run that was in %s is now in %s", folder, aside)
-    if (folder / "run.json").exists():
+    path = folder / "run.json"
+    if path.exists():
         _check_same(folder, read_config(folder), config)
-    info = {
-        "config": to_json(config),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    } | machine_info()
-    write_json(folder / "run.json", info)
+        info = json.loads(path.read_text())  # keeps the machine and commit it was started with
+    else:
+        info = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | machine_info()
+    write_json(path, info | {"config": to_json(config)})
     return folder
 
 
