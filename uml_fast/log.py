@@ -132,7 +132,7 @@ class RunLog:
         with _naming(self.path):
             text = "".join(f"{line}\n" for line in kept)
             if not self.path.exists() or self.path.stat().st_size != len(text.encode()):
-                _replace(self.path, text)
+                replace_file(self.path, text)
             self._file = self.path.open("a", encoding="utf-8")
         self._trial = mode, seed
         self._events = self._open_events(mode, seed, resumed_step)
@@ -213,9 +213,9 @@ class RunLog:
             return SummaryWriter(str(folder), purge_step=purge)
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Write the file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

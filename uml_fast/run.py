@@ -12,7 +12,6 @@ import fcntl
 import importlib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from uml_fast.config import ConfigError, RunConfig
-from uml_fast.log import RunFolderError
+from uml_fast.log import RunFolderError, replace_file
 from uml_fast.machine import machine_info
 from uml_fast.recipes import RECIPE_MODULE, import_file
 
@@ -146,14 +145,10 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunFolderError: the folder cannot be written or is full.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        replace_file(path, text)
     except OSError as e:
         raise RunFolderError(
             f"cannot write {path}: {e.strerror or e}; free space or choose another --out"

@@ -49,7 +49,7 @@ class Text(Modality):
         )  # fmt: skip
         self.vocabulary = config.vocabulary
         self.stem = nn.Embedding(config.vocabulary, width)
-        nn.init.normal_(self.stem.weight, std=0.02 if config.positions else 1.0)
+        nn.init.normal_(self.stem.weight, std=0.02)
 
     def fit(self, rows: np.ndarray, offsets: np.ndarray) -> None:
         """Check that every id is in the vocabulary."""
