@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.cpu import library
+from uml_fast.kernels.native.library import library
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 

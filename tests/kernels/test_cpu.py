@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.cpu import _gomp_parallel, has_kernel, library
+from uml_fast.kernels.backend import has_kernel
 from uml_fast.kernels.dropout import dropout
+from uml_fast.kernels.native.library import _gomp_parallel, library
 
 pytestmark = pytest.mark.native
 

@@ -1,4 +1,6 @@
-"""Fused ops: a readable reference, native CPU kernels and one public function each."""
+"""Fused ops: a readable reference, CPU and CUDA kernels, and one public function each."""
+
+from importlib import import_module
 
 from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.dropout import dropout
@@ -6,7 +8,14 @@ from uml_fast.kernels.feed_forward import feed_forward
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.kernels.segment_mean import segment_mean
 
+OPS = ("add_layer_norm",)
+"""Modules of the ops, each with a ``SPEC``."""
+
+SPECS = tuple(import_module(f"uml_fast.kernels.{op}").SPEC for op in OPS)
+
 __all__ = [
+    "OPS",
+    "SPECS",
     "add_layer_norm",
     "dropout",
     "feed_forward",

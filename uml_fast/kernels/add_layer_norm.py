@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uml_fast.kernels.backend import Backend, Choice, choose, implementation
 from uml_fast.kernels.checks import check_contiguous, check_floating, check_same, check_shape
-from uml_fast.kernels.cpu import CODES, Backend, has_kernel, library, mask_arguments
 from uml_fast.kernels.dropout import dropout_reference
+from uml_fast.kernels.op import differentiable
 from uml_fast.kernels.rng import check_dropout
+from uml_fast.kernels.spec import KernelSpec, Shape
 
 NAME = "add_layer_norm"
 
@@ -40,43 +42,43 @@ def add_layer_norm_reference(
     return normed.to(input.dtype), summed.to(residual.dtype)
 
 
-def add_layer_norm_fwd(
-    input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
-    rng_key: Tensor | None, site: int, return_sum: bool,
+def _fwd(
+    choice: Choice, input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
+    dropout_p: float, rng_key: Tensor | None, site: int, return_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Native (normed, summed, statistics fp32 (2, T)); without ``return_sum`` summed is empty."""
-    T, K = input.shape
-    normed = torch.empty_like(input)
-    summed = torch.empty_like(residual) if return_sum else residual.new_empty(0)
-    statistics = input.new_empty(2, T, dtype=torch.float32)
-    wide_weight, wide_bias = weight.float(), bias.float()
-    library().add_layer_norm_fwd(
-        torch.get_num_threads(), T, K, CODES[input.dtype], CODES[residual.dtype], input.data_ptr(),
-        residual.data_ptr(), wide_weight.data_ptr(), wide_bias.data_ptr(), eps, normed.data_ptr(),
-        summed.data_ptr() if return_sum else 0, statistics.data_ptr(),
-        statistics.data_ptr() + 4 * T, *mask_arguments(dropout_p, rng_key, site),
-    )  # fmt: skip
-    return normed, summed, statistics
+    """(normed, summed or empty, statistics fp32 (2, T): mean and 1 / std)."""
+    if choice != "reference":
+        outputs: tuple[Tensor, Tensor, Tensor] = implementation(NAME, choice).fwd(
+            input, residual, weight, bias, eps, dropout_p, rng_key, site, return_sum
+        )
+        return outputs
+    normed, summed = add_layer_norm_reference(
+        input, residual, weight, bias, eps, dropout_p=dropout_p, rng_key=rng_key, site=site
+    )
+    statistics = input.new_zeros(2, len(input), dtype=torch.float32)
+    return normed, summed if return_sum else residual.new_empty(0), statistics
 
 
-def add_layer_norm_bwd(
-    grad_normed: Tensor, grad_summed: Tensor | None, input: Tensor, residual: Tensor,
-    weight: Tensor, statistics: Tensor, dropout_p: float, rng_key: Tensor | None, site: int,
+def _bwd(
+    choice: Choice, grad_normed: Tensor, grad_summed: Tensor | None, input: Tensor,
+    residual: Tensor, weight: Tensor, bias: Tensor, statistics: Tensor, eps: float,
+    dropout_p: float, rng_key: Tensor | None, site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Native gradients of input, residual, weight (fp32) and bias (fp32)."""
-    T, K = input.shape
-    grad_input, grad_residual = torch.empty_like(input), torch.empty_like(residual)
-    grad_affine = input.new_empty(2, K, dtype=torch.float32)
-    wide_weight = weight.float()
-    library().add_layer_norm_bwd(
-        torch.get_num_threads(), T, K, CODES[input.dtype], CODES[residual.dtype],
-        grad_normed.data_ptr(), 0 if grad_summed is None else grad_summed.data_ptr(),
-        input.data_ptr(), residual.data_ptr(), wide_weight.data_ptr(), statistics.data_ptr(),
-        statistics.data_ptr() + 4 * T, grad_input.data_ptr(), grad_residual.data_ptr(),
-        grad_affine.data_ptr(), grad_affine.data_ptr() + 4 * K,
-        *mask_arguments(dropout_p, rng_key, site),
-    )  # fmt: skip
-    return grad_input, grad_residual, grad_affine[0], grad_affine[1]
+    """Gradients of input, residual, weight and bias."""
+    if choice != "reference":
+        summed = None if grad_summed is None else grad_summed.contiguous()
+        a, b, c, d = implementation(NAME, choice).bwd(
+            grad_normed.contiguous(), summed, input, residual, weight, statistics, dropout_p,
+            rng_key, site,
+        )  # fmt: skip
+        return a, b, c.to(weight.dtype, copy=True), d.to(bias.dtype, copy=True)
+    reference = functools.partial(
+        add_layer_norm_reference, eps=eps, dropout_p=dropout_p, rng_key=rng_key, site=site
+    )
+    pull = torch.func.vjp(reference, input, residual, weight, bias)[1]
+    grads = (grad_normed, torch.zeros_like(residual) if grad_summed is None else grad_summed)
+    a, b, c, d = pull(grads)
+    return a, b.clone() if b is a else b, c, d
 
 
 @torch.library.custom_op("uml_fast::add_layer_norm_fwd", mutates_args=())
@@ -84,15 +86,8 @@ def _fwd_op(
     input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout_p: float,
     rng_key: Tensor | None, site: int, return_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    if has_kernel(NAME, "auto", input, residual):
-        return add_layer_norm_fwd(
-            input, residual, weight, bias, eps, dropout_p, rng_key, site, return_sum
-        )
-    normed, summed = add_layer_norm_reference(
-        input, residual, weight, bias, eps, dropout_p=dropout_p, rng_key=rng_key, site=site
-    )
-    statistics = input.new_zeros(2, len(input), dtype=torch.float32)
-    return normed, summed if return_sum else residual.new_empty(0), statistics
+    choice = choose(NAME, "auto", input, residual)
+    return _fwd(choice, input, residual, weight, bias, eps, dropout_p, rng_key, site, return_sum)
 
 
 @_fwd_op.register_fake
@@ -108,20 +103,10 @@ def _bwd_op(
     weight: Tensor, bias: Tensor, statistics: Tensor, eps: float, dropout_p: float,
     rng_key: Tensor | None, site: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if has_kernel(NAME, "auto", input, residual):
-        summed = None if grad_summed is None else grad_summed.contiguous()
-        a, b, c, d = add_layer_norm_bwd(
-            grad_normed.contiguous(), summed, input, residual, weight, statistics, dropout_p,
-            rng_key, site,
-        )  # fmt: skip
-        return a, b, c.to(weight.dtype, copy=True), d.to(bias.dtype, copy=True)
-    reference = functools.partial(
-        add_layer_norm_reference, eps=eps, dropout_p=dropout_p, rng_key=rng_key, site=site
-    )
-    pull = torch.func.vjp(reference, input, residual, weight, bias)[1]
-    grads = (grad_normed, torch.zeros_like(residual) if grad_summed is None else grad_summed)
-    a, b, c, d = pull(grads)
-    return a, b.clone() if b is a else b, c, d
+    return _bwd(
+        choose(NAME, "auto", input, residual), grad_normed, grad_summed, input, residual, weight,
+        bias, statistics, eps, dropout_p, rng_key, site,
+    )  # fmt: skip
 
 
 @_bwd_op.register_fake
@@ -135,50 +120,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.options = (eps, dropout_p)
     ctx.site = site
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(
-    ctx: Any, grad_normed: Tensor, grad_summed: Tensor | None, _: Tensor
+    ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     *saved, rng_key = ctx.saved_tensors
-    grad_summed = grad_summed if ctx.return_sum else None
-    grads = _bwd_op(grad_normed, grad_summed, *saved, *ctx.options, rng_key, ctx.site)
+    if grad_normed is None:
+        grad_normed = torch.zeros_like(saved[0])
+    summed = grad_summed if ctx.return_sum else None
+    arguments: tuple[Any, ...] = (grad_normed, summed, *saved, *ctx.options, rng_key, ctx.site)
+    grads = _bwd(ctx.choice, *arguments) if ctx.choice else _bwd_op(*arguments)
     return *grads, *[None] * 5
 
 
-_fwd_op.register_autograd(_backward, setup_context=_setup)
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    """The native kernels for eager mode, without the cost of the operator boundary."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float,
-                dropout_p: float, rng_key: Tensor | None, site: int,
-                return_sum: bool) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        normed, summed, statistics = add_layer_norm_fwd(
-            input, residual, weight, bias, eps, dropout_p, rng_key, site, return_sum
-        )
-        ctx.save_for_backward(input, residual, weight, statistics, rng_key)
-        ctx.options = (dropout_p, site)
-        ctx.bias_dtype = bias.dtype
-        ctx.set_materialize_grads(False)
-        return (normed, summed) if return_sum else normed
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None = None
-    ) -> tuple[Tensor | None, ...]:
-        input, residual, weight, statistics, rng_key = ctx.saved_tensors
-        dropout_p, site = ctx.options
-        if grad_normed is None:
-            grad_normed = torch.zeros_like(input)
-        a, b, c, d = add_layer_norm_bwd(
-            grad_normed.contiguous(), None if grad_summed is None else grad_summed.contiguous(),
-            input, residual, weight, statistics, dropout_p, rng_key, site,
-        )  # fmt: skip
-        return a, b, c.to(weight.dtype), d.to(ctx.bias_dtype), *[None] * 5
+_apply = differentiable("AddLayerNorm", _fwd, _fwd_op, _setup, _backward)
 
 
 @overload
@@ -231,13 +188,60 @@ def add_layer_norm(
     options = (eps, dropout_p, rng_key, site, return_sum)
     if torch.compiler.is_compiling():
         normed, summed, _ = _fwd_op(input, residual, weight, bias, *options)
-        return (normed, summed) if return_sum else normed
-    if has_kernel(NAME, backend, input, residual):
-        outputs: Tensor | tuple[Tensor, Tensor] = _AddLayerNorm.apply(
-            input, residual, weight, bias, *options
+    elif (choice := choose(NAME, backend, input, residual)) != "reference":
+        normed, summed, _ = _apply(choice, input, residual, weight, bias, *options)
+    else:
+        normed, summed = add_layer_norm_reference(
+            input, residual, weight, bias, eps, dropout_p=dropout_p, rng_key=rng_key, site=site
         )
-        return outputs
-    normed, summed = add_layer_norm_reference(
-        input, residual, weight, bias, eps, dropout_p=dropout_p, rng_key=rng_key, site=site
-    )
     return (normed, summed) if return_sum else normed
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    T, K = shape["T"], shape["K"]
+    x = torch.randn(2, T, K, generator=generator)
+    affine = torch.randn(2, K, generator=generator)
+    return {
+        "input": x[0].to(dtype),
+        "residual": (x[1] + 1).to(shape.get("residual", dtype)),
+        "weight": affine[0] + 1,
+        "bias": affine[1],
+        "dropout_p": shape.get("dropout_p", 0.0),
+        "rng_key": torch.tensor([0x1234_5678_9ABC_DEF0]),
+        "return_sum": shape.get("return_sum", True),
+    }
+
+
+def _bytes(shape: Shape, size: int) -> tuple[float, float]:
+    """Two reads and two writes forward; backward reads two inputs and two gradients, writes two."""
+    return 4.0 * size * shape["T"] * shape["K"], 6.0 * size * shape["T"] * shape["K"]
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    function=add_layer_norm,
+    inputs=_inputs,
+    gradients=("input", "residual", "weight", "bias"),
+    tests={
+        "no rows": {"T": 0, "K": 8},
+        "one column: variance zero": {"T": 2, "K": 1},
+        "a prime, with dropout": {"T": 17, "K": 37, "dropout_p": 0.3},
+        "one row, exactly one block of columns": {"T": 1, "K": 32},
+        "one more column than a block, without the sum": {"T": 3, "K": 33, "return_sum": False},
+        "the paper's width, fp32 residual": {"T": 5, "K": 300, "residual": torch.float32},
+        "more rows than a chunk of partial sums": {"T": 50, "K": 64, "dropout_p": 0.1},
+    },
+    benches={
+        "multibench d 150": {"T": 4864, "K": 150, "dropout_p": 0.1},
+        "ViT-S": {"T": 65536, "K": 384},
+        "ViT-L": {"T": 65536, "K": 1024},
+    },
+    aot={
+        "multibench d 150": {"T": 64, "K": 150, "dropout_p": 0.1},
+        "ViT-S": {"T": 64, "K": 384},
+        "ViT-L": {"T": 64, "K": 1024},
+        "widest row": {"T": 64, "K": 8192, "return_sum": False},
+    },
+    flops=lambda s: (8.0 * s["T"] * s["K"], 14.0 * s["T"] * s["K"]),
+    bytes=_bytes,
+)  # fmt: skip

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.cpu import library
+from uml_fast.kernels.native.library import library
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 

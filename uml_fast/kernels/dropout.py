@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uml_fast.kernels.backend import Backend, has_kernel
 from uml_fast.kernels.checks import check_contiguous, check_floating
-from uml_fast.kernels.cpu import CODES, Backend, has_kernel, library, mask_arguments
+from uml_fast.kernels.native.library import CODES, library, mask_arguments
 from uml_fast.kernels.rng import check_dropout, keep_mask_like, keep_scale
 
 NAME = "dropout"

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from uml_fast.kernels.backend import Backend, has_kernel
 from uml_fast.kernels.checks import check_contiguous, check_floating, check_shape
-from uml_fast.kernels.cpu import CODES, Backend, has_kernel, library, mask_arguments
 from uml_fast.kernels.dropout import dropout_reference
+from uml_fast.kernels.native.library import CODES, library, mask_arguments
 from uml_fast.kernels.rng import check_dropout
 
 NAME = "feed_forward"

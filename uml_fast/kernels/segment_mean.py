@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uml_fast.kernels.backend import Backend, has_kernel
 from uml_fast.kernels.checks import check_contiguous, check_floating, check_offsets
-from uml_fast.kernels.cpu import CODES, Backend, has_kernel, library
+from uml_fast.kernels.native.library import CODES, library
 
 NAME = "segment_mean"
 

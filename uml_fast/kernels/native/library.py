@@ -1,20 +1,17 @@
-"""The native CPU kernels: is there one for these tensors, and what to pass to it."""
+"""The compiled CPU kernels, and what every launcher passes to them."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from uml_fast import native
 from uml_fast.kernels.rng import threshold
-
-Backend = Literal["auto", "native", "reference"]
-"""auto: native where there is a kernel, else the reference. The others are for tests."""
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 """Element types that the kernels take, and their numbers in csrc/cpu/kernels.h."""
@@ -49,23 +46,6 @@ def library() -> Any:
         return None
     module.cpu.use_openmp(_gomp_parallel())
     return module.cpu
-
-
-def has_kernel(op: str, backend: Backend, *tensors: Tensor) -> bool:
-    """Whether ``op`` runs natively on these tensors.
-
-    Raises:
-        RuntimeError: backend is "native" and it cannot.
-    """
-    if backend == "reference":
-        return False
-    usable = library() is not None and all(
-        t.device.type == "cpu" and t.dtype in CODES for t in tensors
-    )
-    if backend == "native" and not usable:
-        given = [f"{t.dtype} on {t.device}" for t in tensors]
-        raise RuntimeError(f"{op}: no native kernel for {given} (extension: {library()})")
-    return usable
 
 
 def mask_arguments(p: float, rng_key: Tensor | None, site: int) -> tuple[int, int, int]:
