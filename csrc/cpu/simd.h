@@ -45,7 +45,8 @@ UML_INLINE int64_t round_up(int64_t x, int64_t multiple) {
 UML_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 UML_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-UML_INLINE Vec splat(float x) { return Vec{} + x; }
+// Minus zero, not plus: x + 0 is another number for x = -0, so that would stay an addition.
+UML_INLINE Vec splat(float x) { return x - Vec{}; }
 
 using Lanes = std::make_integer_sequence<int, kWidth>;
 
