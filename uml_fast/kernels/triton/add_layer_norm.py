@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uml_fast.kernels.rng import keep_scale, threshold
+from uml_fast.kernels.triton.column_sum import sum_partials
 from uml_fast.kernels.triton.launch import launch, processors
 from uml_fast.kernels.triton.rng import keep_mask, site_key
 
@@ -117,28 +118,6 @@ def _add_layer_norm_bwd_kernel(
     here = tl.arange(0, BLOCK_K) < K
     tl.store(partial_ptr + out, tl.sum(grad_weight, 0), mask=here)
     tl.store(partial_ptr + out + K, tl.sum(grad_bias, 0), mask=here)
-
-
-@triton.jit
-def _column_sum_kernel(
-    input_ptr, out_ptr, rows, cols, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
-):
-    col = tl.program_id(0) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :]
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    for start in range(0, rows, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)[:, None].to(tl.int64)
-        inside = (row < rows) & (col < cols)
-        total += tl.load(input_ptr + row * cols + col, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + col, tl.sum(total, 0, keep_dims=True), mask=col < cols)
-
-
-def sum_partials(partial_PK: Tensor) -> Tensor:
-    """Sum over the rows of fp32 (P, K) in a fixed order, fp32 (K,)."""
-    rows, cols = partial_PK.shape
-    out = partial_PK.new_empty(cols)
-    launch(_column_sum_kernel, (triton.cdiv(cols, 32),), partial_PK, out, rows, cols,
-           BLOCK_ROWS=64, BLOCK_COLS=32, num_warps=4)  # fmt: skip
-    return out
 
 
 def fwd(
