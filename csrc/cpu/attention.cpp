@@ -1,172 +1,54 @@
 // Attention inside ragged segments, one task per (segment, head).
 //
-// A task copies its rows of query, key and value to fp32 scratch and works on blocks of query rows
-// against all keys of the segment, so scores are complete rows and softmax needs one pass.
-// Everything is one small matrix product, C = A * B, whose B is padded to whole vectors and whose A
-// is read element by element with any strides.
+// A task works on blocks of queries against all keys that they see, and on scores transposed: keys
+// are rows, queries are lanes. So softmax needs one pass over a block and no sums across lanes, no
+// lane is wasted on a narrow head, and what has to be transposed are rows of query, key, value and
+// their gradients instead of scores. With S^T = K Q^T:
+//   forward   O^T = V^T P^T
+//   backward  dP^T = V dO^T,  dV = P^T dO,  dK = dS^T Q,  dQ^T = K^T dS^T
+// bf16 is multiplied in pairs where the processor can (with P and dS rounded to bf16), else in
+// fp32.
+#include <type_traits>
+
+#include "attention_softmax.h"
 #include "kernel_parts.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace uml::UML_ARCH {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kTileRows = 6;  // 6 x 4 accumulators + 4 columns + 1 broadcast of 32 registers
-#else
-constexpr int kTileRows = 4;  // 4 x 2 accumulators + 2 columns + 1 broadcast of 16 registers
-#endif
-constexpr int64_t kScoreFloats =
-    8192;  // scores of a query block: 32 KiB, beside the operands in a 1 MiB L2
-
-struct Strided {
-  const float* data;
-  int64_t row;
-  int64_t col;
+// How a task's queries are cut into blocks of panels (kWidth queries).
+struct Blocking {
+  int64_t unit;   // panels that products take at a time
+  int64_t most;   // panels of a block
+  int64_t words;  // scores of a block, which should stay in the cache
 };
 
-// C[kRows, kCols vectors] (+)= A[kRows, k0:k1] B[k0:k1, :].
-template <int kRows, int kCols, bool kAdd>
-UML_INLINE void tile(Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                     int64_t k0, int64_t k1) {
-  Vec acc[kRows][kCols];
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kCols; ++j) acc[i][j] = kAdd ? load(c + i * c_stride + j * kWidth) : Vec{};
-  }
-  for (int64_t k = k0; k < k1; ++k) {
-    Vec bk[kCols];
-    for (int j = 0; j < kCols; ++j) bk[j] = load(b + k * b_stride + j * kWidth);
-    for (int i = 0; i < kRows; ++i) {
-      const Vec ak = splat(a.data[i * a.row + k * a.col]);
-      for (int j = 0; j < kCols; ++j) acc[i][j] += ak * bk[j];
-    }
-  }
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kCols; ++j) store(c + i * c_stride + j * kWidth, acc[i][j]);
-  }
-}
-
-template <int kRows, bool kAdd>
-void strip(Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t n,
-           int64_t k0, int64_t k1) {
-  int64_t j = 0;
-  for (; j + kRegisterColumns * kWidth <= n; j += kRegisterColumns * kWidth) {
-    tile<kRows, kRegisterColumns, kAdd>(a, b + j, b_stride, c + j, c_stride, k0, k1);
-  }
-  switch ((n - j) / kWidth) {
-    case 3:
-      tile<kRows, kRegisterColumns == 4 ? 3 : 1, kAdd>(a, b + j, b_stride, c + j, c_stride, k0, k1);
-      break;
-    case 2:
-      tile<kRows, 2, kAdd>(a, b + j, b_stride, c + j, c_stride, k0, k1);
-      break;
-    case 1:
-      tile<kRows, 1, kAdd>(a, b + j, b_stride, c + j, c_stride, k0, k1);
-      break;
-    default:
-      break;
-  }
-}
-
-template <bool kAdd>
-void strip_of(int64_t rows, Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-              int64_t n, int64_t k0, int64_t k1) {
-  switch (rows) {
-#if defined(__AVX512F__)
-    case 6:
-      return strip<6, kAdd>(a, b, b_stride, c, c_stride, n, k0, k1);
-    case 5:
-      return strip<5, kAdd>(a, b, b_stride, c, c_stride, n, k0, k1);
+template <class Op>
+constexpr Blocking kForward = {kRegisterColumns, kRegisterColumns, 1 << 14};
+template <class Op>
+constexpr Blocking kBackward = {kRegisterColumns, kRegisterColumns, 1 << 15};
+#if defined(__AMX_BF16__)
+template <>
+constexpr Blocking kForward<Pairs> = {2, 8, 1 << 13};
+template <>
+constexpr Blocking kBackward<Pairs> = {2, 8, 1 << 14};
 #endif
-    case 4:
-      return strip<4, kAdd>(a, b, b_stride, c, c_stride, n, k0, k1);
-    case 3:
-      return strip<3, kAdd>(a, b, b_stride, c, c_stride, n, k0, k1);
-    case 2:
-      return strip<2, kAdd>(a, b, b_stride, c, c_stride, n, k0, k1);
-    default:
-      return strip<1, kAdd>(a, b, b_stride, c, c_stride, n, k0, k1);
-  }
-}
 
-// C[0:m] (+)= A B for strips of rows; bounds(i, end, n, k0, k1) may shrink the default ranges of
-// the strip [i, end).
-template <bool kAdd, class Bounds>
-UML_INLINE void product(int64_t m, int64_t n, int64_t k, Strided a, const float* b,
-                        int64_t b_stride, float* c, int64_t c_stride, Bounds bounds) {
-  for (int64_t i = 0; i < m; i += kTileRows) {
-    const int64_t rows = smaller(kTileRows, m - i);
-    int64_t strip_n = n, k0 = 0, k1 = k;
-    bounds(i, i + rows, strip_n, k0, k1);
-    strip_of<kAdd>(rows, {a.data + i * a.row, a.row, a.col}, b, b_stride, c + i * c_stride,
-                   c_stride, strip_n, k0, k1);
-  }
-}
-
-// dst (rows, cols rounded up to vectors) = src, padded with zeros.
-template <class T>
-void copy_rows(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst,
-               int64_t dst_stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t c = 0; c < cols; c += kWidth) {
-      store(dst + i * dst_stride + c, load_n(src + i * stride + c, cols - c));
-    }
-  }
-}
-
-// kWidth rows of n (at most kWidth) columns of src, zeros behind them and below row `rows`.
-template <class T>
-UML_INLINE void load_block(const T* src, int64_t stride, int64_t rows, int64_t n, Vec* block) {
-  if (rows >= kWidth && n == kWidth) {
-    for (int r = 0; r < kWidth; ++r) block[r] = load(src + r * stride);
-  } else if (rows >= kWidth) {
-    for (int r = 0; r < kWidth; ++r) block[r] = load_part(src + r * stride, n);
-  } else {
-    for (int r = 0; r < kWidth; ++r) block[r] = r < rows ? load_n(src + r * stride, n) : Vec{};
-  }
-}
-
-// dst (cols, rows rounded up to vectors) = transpose of src, padded with zeros.
-template <class T>
-void copy_transposed(const T* src, int64_t stride, int64_t rows, int64_t cols, float* dst,
-                     int64_t dst_stride) {
-  for (int64_t c = 0; c < cols; c += kWidth) {
-    const int64_t n = smaller(kWidth, cols - c);
-    for (int64_t i = 0; i < rows; i += kWidth) {
-      Vec block[kWidth];
-      load_block(src + i * stride + c, stride, rows - i, n, block);
-      transpose(block);
-      float* d = dst + c * dst_stride + i;
-      if (n == kWidth) {
-        for (int r = 0; r < kWidth; ++r) store(d + r * dst_stride, block[r]);
-      } else {
-        for (int64_t r = 0; r < n; ++r) store(d + r * dst_stride, block[r]);
-      }
-    }
-  }
-}
-
-template <class T>
-void write_rows(const float* src, int64_t src_stride, int64_t rows, int64_t cols, T* dst,
-                int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t c = 0; c < cols; c += kWidth) {
-      store_n(dst + i * stride + c, load(src + i * src_stride + c), cols - c);
-    }
-  }
-}
-
-// One (segment, head): sizes, strides of its scratch and its place in the mask.
+// One (segment, head) and the blocks of its queries.
 struct Task {
   int64_t first;   // row of the segment's first token
   int64_t length;  // L
   int64_t head;
-  int64_t dim;  // D
-  int64_t padded_length;
+  int64_t dim;            // D
+  int64_t padded_length;  // of whole vectors
   int64_t padded_dim;
-  int64_t block;  // query rows per block
+  int64_t blocks;
+  int64_t units;
+  int64_t unit;
+  int64_t block_panels;  // of the largest block
 
-  UML_INLINE Task(const AttentionShape& shape, int64_t index) {
+  UML_INLINE Task(const AttentionShape& shape, int64_t index, Blocking blocking) {
     const int64_t segment = index / shape.heads;
     head = index % shape.heads;
     first = shape.offsets[segment];
@@ -174,178 +56,208 @@ struct Task {
     dim = shape.head_dim;
     padded_length = round_up(length, kWidth);
     padded_dim = round_up(dim, kWidth);
-    block =
-        length > 0 ? larger(kTileRows, kScoreFloats / padded_length / kTileRows * kTileRows) : 0;
-    block = smaller(block, length);
+    unit = blocking.unit;
+    const int64_t panels = padded_length / kWidth;
+    units = (panels + unit - 1) / unit;
+    const int64_t fitting = blocking.words / larger(1, padded_length * kWidth * unit);
+    const int64_t block_units = larger(1, smaller(fitting, blocking.most / unit));
+    blocks = (units + block_units - 1) / block_units;
+    block_panels = blocks ? smaller(panels, (units + blocks - 1) / blocks * unit) : 0;
   }
 
-  // Keys that query row i sees.
-  UML_INLINE int64_t keys(bool is_causal, int64_t i) const { return is_causal ? i + 1 : length; }
+  // First query of a block; that of `blocks` is L.
+  UML_INLINE int64_t begin(int64_t block) const {
+    return smaller(length, block * units / blocks * unit * kWidth);
+  }
 };
 
-// Multiplies the first n of a row of probabilities by the keep factors of mask row `row`.
-template <class Use>
-UML_INLINE void for_each_factor(const Dropout& drop, int64_t row, int64_t cols, int64_t n,
-                                Use use) {
-  const RowMask mask(drop, row, cols);
-  for (int64_t j = 0; j < n; j += 2 * kWidth) {
-    Vec m0, m1;
-    mask.factors(j, m0, m1);
-    use(j, m0);
-    if (j + kWidth < n) use(j + kWidth, m1);
+// Queries [begin, end) of a task.
+struct Block {
+  int64_t begin;
+  int64_t rows;
+  int64_t panels;
+  int64_t keys;  // that any of them sees
+
+  UML_INLINE Block(const Task& task, int64_t index, bool is_causal) {
+    begin = task.begin(index);
+    const int64_t end = task.begin(index + 1);
+    rows = end - begin;
+    panels = (rows + kWidth - 1) / kWidth;
+    keys = is_causal ? end : task.length;
+  }
+};
+
+// Scratch memory for arrays of these sizes in words.
+template <int kCount>
+UML_INLINE void carve(const int64_t (&sizes)[kCount], float* (&arrays)[kCount]) {
+  int64_t total = 0;
+  for (int64_t size : sizes) total += round_up(size, 16);
+  float* next = thread_scratch(total);
+  for (int i = 0; i < kCount; ++i) {
+    arrays[i] = next;
+    next += round_up(sizes[i], 16);
   }
 }
 
-// Row of scores to probabilities times keep factors; zero in [n, end of its vectors). Returns
-// log-sum-exp.
-UML_INLINE float softmax_row(float* s, float scale, int64_t n, int64_t width, const Dropout& drop,
-                             int64_t mask_row, int64_t mask_cols) {
-  const Vec lowest = splat(-3.0e38f);
-  Vec top = lowest;
-  for (int64_t j = 0; j < n; j += kWidth) {
-    Vec v = load(s + j) * scale;
-    if (j + kWidth > n) v = iota() < static_cast<int32_t>(n - j) ? v : lowest;
-    top = vmax(v, top);
-  }
-  const float m = max(top);
-  Vec total{};
-  for (int64_t j = 0; j < n; j += kWidth) {
-    Vec e = exp(load(s + j) * scale - m);
-    if (j + kWidth > n) e = iota() < static_cast<int32_t>(n - j) ? e : Vec{};
-    store(s + j, e);
-    total += e;
-  }
-  for (int64_t j = round_up(n, kWidth); j < width; j += kWidth) store(s + j, Vec{});
-  const float z = sum(total), inverse = 1.0f / z;
-  if (drop.threshold > 0) {
-    for_each_factor(drop, mask_row, mask_cols, n,
-                    [&](int64_t j, Vec keep) { store(s + j, load(s + j) * keep * inverse); });
-  } else {
-    for (int64_t j = 0; j < n; j += kWidth) store(s + j, load(s + j) * inverse);
-  }
-  return m + __builtin_logf(z);
+// The mask of the queries from `query` on.
+UML_INLINE PanelMask panel_mask(const AttentionShape& shape, const Task& t, const Dropout& drop,
+                                int64_t query) {
+  return {drop, (t.first + query) * shape.heads + t.head, shape.heads, shape.max_len};
 }
 
-template <class T>
+// Where softmax writes the probabilities of a panel, and the gradients of its scores.
+template <class Op>
+struct Layout;
+
+template <>
+struct Layout<Singles> {
+  static constexpr bool kInPlace = true;
+  static Operand queries_summed(const float* panels, int64_t padded_length) {
+    return {panels, kWidth, 1, padded_length * kWidth};
+  }
+  static ScoreGradients<Singles> gradients(float* p, float* ds, float*, int64_t panel,
+                                           int64_t padded_length) {
+    const int64_t at = panel * padded_length * kWidth;
+    return {p + at, ds + at};
+  }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Layout<Pairs> {
+  static constexpr bool kInPlace = false;
+  static Operand queries_summed(const float* panels, int64_t padded_length) {
+    return {panels, kWidth, 1, padded_length * kWidth};
+  }
+  // Two panels of queries share the words of one panel of A.
+  static ScoreGradients<Pairs> gradients(float* p, float* ds, float* ds_b, int64_t panel,
+                                         int64_t padded_length) {
+    const int64_t at = panel / 2 * padded_length * 2 * kWidth + panel % 2 * kWidth;
+    return {reinterpret_cast<bf16*>(p) + at, reinterpret_cast<bf16*>(ds) + at, ds_b};
+  }
+};
+#endif
+
+template <class Op, class T>
 void fwd_task(const AttentionShape& shape, const Task& t, const T* query, const T* key,
               const T* value, T* out, float* lse, const Dropout& drop) {
+  constexpr bool kInPlace = Layout<Op>::kInPlace;
   const int64_t L = t.length, D = t.dim, LP = t.padded_length, DP = t.padded_dim;
-  const bool causal = shape.is_causal;
-  float* key_T = thread_scratch(DP * LP + L * DP + t.block * (2 * DP + LP));
-  float* v = key_T + DP * LP;
-  float* q = v + L * DP;
-  float* o = q + t.block * DP;
-  float* s = o + t.block * DP;
-  const int64_t at = t.first * shape.qkv_stride + t.head * D;
-  copy_transposed(key + at, shape.qkv_stride, L, D, key_T, LP);
-  copy_rows(value + at, shape.qkv_stride, L, D, v, DP);
-  for (int64_t i0 = 0; i0 < L; i0 += t.block) {
-    const int64_t m = smaller(t.block, L - i0);
-    copy_rows(query + at + i0 * shape.qkv_stride, shape.qkv_stride, m, D, q, DP);
-    product<false>(m, LP, D, {q, DP, 1}, key_T, LP, s, LP,
-                   [&](int64_t, int64_t end, int64_t& n, int64_t&, int64_t&) {
-                     if (causal) n = round_up(i0 + end, kWidth);
-                   });
-    for (int64_t i = 0; i < m; ++i) {
-      const int64_t row = (t.first + i0 + i) * shape.heads + t.head;
-      lse[row] = softmax_row(s + i * LP, shape.scale, t.keys(causal, i0 + i), LP, drop, row,
-                             shape.max_len);
+  const int64_t panels = t.block_panels, stride = shape.qkv_stride, H = shape.heads;
+  const int64_t q_panel = padded_words<Op>(D) * kWidth, s_panel = LP * kWidth;
+  const int64_t p_panel = padded_words<Op>(L) * kWidth, o_panel = DP * kWidth;
+  float* arrays[7];
+  carve({Pack<Op>::rows_words(L, D), Pack<Op>::columns_words(L, D), panels * q_panel,
+         panels * s_panel, kInPlace ? 0 : panels * p_panel, panels * o_panel, panels * kWidth},
+        arrays);
+  const auto [key_words, value_words, q, s, separate_p, o, inverse] = arrays;
+  float* p = kInPlace ? s : separate_p;
+  const int64_t at = t.first * stride + t.head * D;
+  const Operand k = Pack<Op>::rows(Matrix<T>{key + at, stride, L, D}, key_words);
+  const Operand v_T = Pack<Op>::columns(Matrix<T>{value + at, stride, L, D}, value_words, nullptr);
+  for (int64_t index = 0; index < t.blocks; ++index) {
+    const Block b(t, index, shape.is_causal);
+    Pack<Op>::transposed(Matrix<T>{query + at + b.begin * stride, stride, b.rows, D}, q);
+    product<Op, false>(b.keys, b.panels, words<Op>(D), k, q, q_panel, s, s_panel);
+    for (int64_t c = 0; c < b.panels; ++c) {
+      const int64_t i = b.begin + c * kWidth;
+      const Seen seen(shape.is_causal, i, L);
+      const Probabilities<Op> to{p + c * p_panel};
+      SoftmaxSums sums;
+      if (drop.threshold > 0) {
+        const PanelMask mask = panel_mask(shape, t, drop, i);
+        sums = softmax_panel<Op, true>(s + c * s_panel, shape.scale, seen, b.keys, &mask, to);
+      } else {
+        sums = softmax_panel<Op, false>(s + c * s_panel, shape.scale, seen, b.keys, nullptr, to);
+      }
+      store(inverse + c * kWidth, sums.inverse);
+      for (int r = 0; r < kWidth && i + r < L; ++r) {
+        lse[(t.first + i + r) * H + t.head] = sums.lse[r];
+      }
     }
-    product<false>(m, DP, L, {s, LP, 1}, v, DP, o, DP,
-                   [&](int64_t, int64_t end, int64_t&, int64_t&, int64_t& k1) {
-                     if (causal) k1 = i0 + end;
-                   });
-    write_rows(o, DP, m, D, out + ((t.first + i0) * shape.heads + t.head) * D, shape.heads * D);
+    product<Op, false>(D, b.panels, words<Op>(b.keys), v_T, p, p_panel, o, o_panel);
+    write_transposed(o, DP, inverse, b.rows, D, out + ((t.first + b.begin) * H + t.head) * D,
+                     H * D);
   }
 }
 
-// From a row of scores and of dO V^T: scores become probabilities times keep factors (for the
-// gradient of value), `grad` becomes the gradient of the unscaled scores. Probabilities are
-// normalised again, since the rounding of a large lse would cost most of their digits. `factors`:
-// scratch.
-UML_INLINE void softmax_bwd_row(float* s, float* grad, float* factors, float scale, int64_t n,
-                                int64_t width, float lse, const Dropout& drop, int64_t mask_row,
-                                int64_t mask_cols) {
-  Vec dot{}, total{};
-  const auto row = [&](int64_t j, Vec keep) {
-    Vec e = exp(load(s + j) * scale - lse);
-    if (j + kWidth > n) e = iota() < static_cast<int32_t>(n - j) ? e : Vec{};
-    const Vec kept = load(grad + j) * keep;
-    total += e;
-    dot += e * kept;
-    store(s + j, e);
-    store(grad + j, kept);
-    store(factors + j, keep);
-  };
-  if (drop.threshold > 0) {
-    for_each_factor(drop, mask_row, mask_cols, n, row);
-  } else {
-    for (int64_t j = 0; j < n; j += kWidth) row(j, splat(1.0f));
-  }
-  const float inverse = 1.0f / sum(total), delta = sum(dot) * inverse;
-  for (int64_t j = 0; j < n; j += kWidth) {
-    const Vec p = load(s + j) * inverse;
-    store(s + j, p * load(factors + j));
-    store(grad + j, p * (load(grad + j) - delta) * scale);
-  }
-  for (int64_t j = round_up(n, kWidth); j < width; j += kWidth) {
-    store(s + j, Vec{});
-    store(grad + j, Vec{});
-  }
-}
-
-template <class T>
+template <class Op, class T>
 void bwd_task(const AttentionShape& shape, const Task& t, const T* grad_out, const T* query,
               const T* key, const T* value, const float* lse, T* grad_query, T* grad_key,
               T* grad_value, int64_t grad_stride, const Dropout& drop) {
+  constexpr bool kInPlace = Layout<Op>::kInPlace;
   const int64_t L = t.length, D = t.dim, LP = t.padded_length, DP = t.padded_dim;
-  const bool causal = shape.is_causal;
-  float* key_T = thread_scratch(2 * DP * LP + 3 * L * DP + t.block * (3 * DP + 2 * LP) + LP);
-  float* value_T = key_T + DP * LP;
-  float* k = value_T + DP * LP;
-  float* dk = k + L * DP;
-  float* dv = dk + L * DP;
-  float* q = dv + L * DP;
-  float* go = q + t.block * DP;
-  float* dq = go + t.block * DP;
-  float* s = dq + t.block * DP;
-  float* ds = s + t.block * LP;
-  float* factors = ds + t.block * LP;
-  const int64_t at = t.first * shape.qkv_stride + t.head * D;
-  copy_transposed(key + at, shape.qkv_stride, L, D, key_T, LP);
-  copy_transposed(value + at, shape.qkv_stride, L, D, value_T, LP);
-  copy_rows(key + at, shape.qkv_stride, L, D, k, DP);
-  for (int64_t i = 0; i < 2 * L * DP; i += kWidth) store(dk + i, Vec{});
-  for (int64_t i0 = 0; i0 < L; i0 += t.block) {
-    const int64_t m = smaller(t.block, L - i0);
-    const int64_t out_at = ((t.first + i0) * shape.heads + t.head) * D;
-    copy_rows(query + at + i0 * shape.qkv_stride, shape.qkv_stride, m, D, q, DP);
-    copy_rows(grad_out + out_at, shape.heads * D, m, D, go, DP);
-    const auto seen_columns = [&](int64_t, int64_t end, int64_t& n, int64_t&, int64_t&) {
-      if (causal) n = round_up(i0 + end, kWidth);
-    };
-    product<false>(m, LP, D, {q, DP, 1}, key_T, LP, s, LP, seen_columns);
-    product<false>(m, LP, D, {go, DP, 1}, value_T, LP, ds, LP, seen_columns);
-    for (int64_t i = 0; i < m; ++i) {
-      const int64_t row = (t.first + i0 + i) * shape.heads + t.head;
-      softmax_bwd_row(s + i * LP, ds + i * LP, factors, shape.scale, t.keys(causal, i0 + i), LP,
-                      lse[row], drop, row, shape.max_len);
+  const int64_t panels = t.block_panels, stride = shape.qkv_stride, H = shape.heads;
+  const int64_t most = smaller(L, panels * kWidth);  // queries of a block
+  const int64_t q_panel = padded_words<Op>(D) * kWidth, s_panel = LP * kWidth;
+  const int64_t ds_panel = padded_words<Op>(L) * kWidth, dq_panel = DP * kWidth;
+  const int64_t rows_words = Pack<Op>::rows_words(L, D);
+  const int64_t pairs = kInPlace ? 0 : padded_words<Op>(most) * LP;
+  float* arrays[15];
+  carve(
+      {rows_words, rows_words, Pack<Op>::columns_words(L, D), DP * LP, DP * LP, panels * q_panel,
+       panels * q_panel, DP * padded_words<Op>(most), DP * padded_words<Op>(most), panels * s_panel,
+       panels * s_panel, pairs, pairs, kInPlace ? 0 : panels * ds_panel, panels * dq_panel},
+      arrays);
+  const auto [key_words, value_words, column_words, dk, dv, q_T, go_T, q, go, s, grad, separate_p,
+              separate_ds, separate_ds_b, dq] = arrays;
+  float* p = kInPlace ? s : separate_p;
+  float* ds = kInPlace ? grad : separate_ds;
+  float* ds_b = kInPlace ? grad : separate_ds_b;
+  const int64_t at = t.first * stride + t.head * D;
+  const Matrix<T> keys{key + at, stride, L, D};
+  const Operand k = Pack<Op>::rows(keys, key_words);
+  const Operand k_T = Pack<Op>::columns(keys, column_words, &k);
+  const Operand v = Pack<Op>::rows(Matrix<T>{value + at, stride, L, D}, value_words);
+  const Operand p_A = Layout<Op>::queries_summed(p, LP), ds_A = Layout<Op>::queries_summed(ds, LP);
+  // From the last block, which sees every key, so that it starts all sums of dK and dV.
+  for (int64_t index = t.blocks - 1; index >= 0; --index) {
+    const Block b(t, index, shape.is_causal);
+    const int64_t row = t.first + b.begin;
+    const Matrix<T> queries{query + at + b.begin * stride, stride, b.rows, D};
+    const Matrix<T> grads{grad_out + (row * H + t.head) * D, H * D, b.rows, D};
+    Pack<Op>::transposed(queries, q_T);
+    Pack<Op>::transposed(grads, go_T);
+    Pack<Op>::panels(queries, q);
+    Pack<Op>::panels(grads, go);
+    product<Op, false>(b.keys, b.panels, words<Op>(D), k, q_T, q_panel, s, s_panel);
+    product<Op, false>(b.keys, b.panels, words<Op>(D), v, go_T, q_panel, grad, s_panel);
+    for (int64_t c = 0; c < b.panels; ++c) {
+      const int64_t i = b.begin + c * kWidth;
+      const Seen seen(shape.is_causal, i, L);
+      const auto to = Layout<Op>::gradients(p, ds, ds_b + c * ds_panel, c, LP);
+      Vec panel_lse{};
+      for (int r = 0; r < kWidth && i + r < L; ++r) {
+        panel_lse[r] = lse[(t.first + i + r) * H + t.head];
+      }
+      float *sc = s + c * s_panel, *gc = grad + c * s_panel;
+      if (drop.threshold > 0) {
+        const PanelMask mask = panel_mask(shape, t, drop, i);
+        softmax_bwd_panel<Op, true>(sc, gc, shape.scale, seen, b.keys, panel_lse, &mask, to);
+      } else {
+        softmax_bwd_panel<Op, false>(sc, gc, shape.scale, seen, b.keys, panel_lse, nullptr, to);
+      }
     }
-    product<false>(m, DP, L, {ds, LP, 1}, k, DP, dq, DP,
-                   [&](int64_t, int64_t end, int64_t&, int64_t&, int64_t& k1) {
-                     if (causal) k1 = i0 + end;
-                   });
-    write_rows(dq, DP, m, D, grad_query + (t.first + i0) * grad_stride + t.head * D, grad_stride);
-    const int64_t seen_keys = causal ? i0 + m : L;
-    const auto seeing_rows = [&](int64_t begin, int64_t, int64_t&, int64_t& k0, int64_t&) {
-      if (causal) k0 = larger(0, begin - i0);
-    };
-    product<true>(seen_keys, DP, m, {ds, 1, LP}, q, DP, dk, DP, seeing_rows);
-    product<true>(seen_keys, DP, m, {s, 1, LP}, go, DP, dv, DP, seeing_rows);
+    if constexpr (Op::kPerWord > 1) {
+      // The other half of the last words: the zeros of q and go would not silence a NaN.
+      if (b.panels % 2) Layout<Op>::gradients(p, ds, ds_b, b.panels, LP).clear_half(0, b.keys);
+    }
+    product<Op, false>(D, b.panels, words<Op>(b.keys), k_T, ds_b, ds_panel, dq, dq_panel);
+    write_transposed(dq, DP, nullptr, b.rows, D, grad_query + row * grad_stride + t.head * D,
+                     grad_stride);
+    const int64_t q_words = words<Op>(b.rows), depth = padded_words<Op>(b.rows) * kWidth;
+    const int64_t columns = DP / kWidth;
+    if (index == t.blocks - 1) {
+      product<Op, false>(b.keys, columns, q_words, ds_A, q, depth, dk, s_panel);
+      product<Op, false>(b.keys, columns, q_words, p_A, go, depth, dv, s_panel);
+    } else {
+      product<Op, true>(b.keys, columns, q_words, ds_A, q, depth, dk, s_panel);
+      product<Op, true>(b.keys, columns, q_words, p_A, go, depth, dv, s_panel);
+    }
   }
   const int64_t grad_at = t.first * grad_stride + t.head * D;
-  write_rows(dk, DP, L, D, grad_key + grad_at, grad_stride);
-  write_rows(dv, DP, L, D, grad_value + grad_at, grad_stride);
+  write_rows(dk, LP, L, D, grad_key + grad_at, grad_stride);
+  write_rows(dv, LP, L, D, grad_value + grad_at, grad_stride);
 }
 
 constexpr int64_t kTasksPerChunk = 8;  // of MOSI's shape about 20 us
@@ -355,20 +267,38 @@ int64_t tasks_per_chunk(const AttentionShape& shape) {
   return shape.max_len > 64 ? 1 : kTasksPerChunk;
 }
 
+// Words for elements of type T.
+#if defined(__AVX512BF16__)
+template <class T>
+using OpOf = std::conditional_t<std::is_same_v<T, bf16>, Pairs, Singles>;
+#else
+template <class T>
+using OpOf = Singles;
+#endif
+
+// Calls run(type tag, task) for every (segment, head) that has rows.
+template <class T, class Run>
+void for_each_task(int threads, const AttentionShape& shape, Blocking blocking, Run run) {
+  parallel_for(threads, shape.segments * shape.heads, tasks_per_chunk(shape),
+               [&](int64_t begin, int64_t end) {
+                 [[maybe_unused]] const TileScope tiles;
+                 for (int64_t i = begin; i < end; ++i) {
+                   const Task task(shape, i, blocking);
+                   if (task.length > 0) run(task);
+                 }
+               });
+}
+
 }  // namespace
 
 void attention_fwd(int threads, AttentionShape shape, const void* query, const void* key,
                    const void* value, void* out, float* lse, Dropout drop) {
   with_type(shape.dtype, [&]<class T>(T*) {
-    parallel_for(threads, shape.segments * shape.heads, tasks_per_chunk(shape),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const Task task(shape, i);
-                     if (task.length == 0) continue;
-                     fwd_task(shape, task, static_cast<const T*>(query), static_cast<const T*>(key),
-                              static_cast<const T*>(value), static_cast<T*>(out), lse, drop);
-                   }
-                 });
+    using Op = OpOf<T>;
+    for_each_task<T>(threads, shape, kForward<Op>, [&](const Task& task) {
+      fwd_task<Op>(shape, task, static_cast<const T*>(query), static_cast<const T*>(key),
+                   static_cast<const T*>(value), static_cast<T*>(out), lse, drop);
+    });
   });
 }
 
@@ -376,18 +306,13 @@ void attention_bwd(int threads, AttentionShape shape, const void* grad_out, cons
                    const void* key, const void* value, const float* lse, void* grad_query,
                    void* grad_key, void* grad_value, int64_t grad_stride, Dropout drop) {
   with_type(shape.dtype, [&]<class T>(T*) {
-    parallel_for(threads, shape.segments * shape.heads, tasks_per_chunk(shape),
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const Task task(shape, i);
-                     if (task.length == 0) continue;
-                     bwd_task(shape, task, static_cast<const T*>(grad_out),
-                              static_cast<const T*>(query), static_cast<const T*>(key),
-                              static_cast<const T*>(value), lse, static_cast<T*>(grad_query),
-                              static_cast<T*>(grad_key), static_cast<T*>(grad_value), grad_stride,
-                              drop);
-                   }
-                 });
+    using Op = OpOf<T>;
+    for_each_task<T>(threads, shape, kBackward<Op>, [&](const Task& task) {
+      bwd_task<Op>(shape, task, static_cast<const T*>(grad_out), static_cast<const T*>(query),
+                   static_cast<const T*>(key), static_cast<const T*>(value), lse,
+                   static_cast<T*>(grad_query), static_cast<T*>(grad_key),
+                   static_cast<T*>(grad_value), grad_stride, drop);
+    });
   });
 }
 

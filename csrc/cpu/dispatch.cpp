@@ -4,6 +4,11 @@
 
 #include "kernels.h"
 
+#if defined(UML_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #define UML_DECLARE(arch)            \
   namespace uml::arch {              \
   extern const Kernels kernel_table; \
@@ -14,12 +19,30 @@ UML_DECLARE(baseline)
 UML_DECLARE(avx2)
 UML_DECLARE(avx512)
 UML_DECLARE(avx512_bf16)
+UML_DECLARE(amx_bf16)
 #endif
 
 namespace uml {
 namespace {
 
-constexpr int kMaxTables = 4;
+constexpr int kMaxTables = 5;
+
+#if defined(UML_X86)
+// Whether the processor has AMX and the system lets this process use its tiles: Linux saves their
+// 8 KiB per thread only for processes that ask.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;               // XFEATURE_XTILEDATA
+  static const bool allowed = __builtin_cpu_supports("amx-tile") &&
+                              __builtin_cpu_supports("amx-bf16") &&
+                              syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+#endif
 
 // Tables this processor can run, widest first; returns how many.
 int available(const Kernels* tables[kMaxTables]) {
@@ -28,8 +51,9 @@ int available(const Kernels* tables[kMaxTables]) {
   __builtin_cpu_init();
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16"))
-    tables[count++] = &avx512_bf16::kernel_table;
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && may_use_tiles()) tables[count++] = &amx_bf16::kernel_table;
+  if (has_bf16) tables[count++] = &avx512_bf16::kernel_table;
   if (has_avx512) tables[count++] = &avx512::kernel_table;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     tables[count++] = &avx2::kernel_table;

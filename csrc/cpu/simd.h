@@ -179,6 +179,43 @@ UML_INLINE Vec exp(Vec x) {
   return x < -87.0f ? Vec{} : scaled;
 }
 
+// 2**x for x <= 127, relative error below 2e-7; 2**-126 below that.
+UML_INLINE Vec exp2(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2**23: adding it rounds to an integer
+  x = vmax(splat(-126.0f), x);
+  const Vec shifted = x + magic;
+  const Vec r = x - (shifted - magic);
+  Vec p = splat(1.3276471960e-3f);
+  p = p * r + 9.6755415026e-3f;
+  p = p * r + 5.5507132751e-2f;
+  p = p * r + 2.4022119721e-1f;
+  p = p * r + 6.9314696706e-1f;
+  p = p * r + 1.0f;
+  return (Vec)((VecI)p + ((VecI)shifted << 23));
+}
+
+// Natural logarithm of normal positive numbers, relative error below 2e-7 (Cephes logf); NaN stays.
+UML_INLINE Vec log(Vec x) {
+  // Mantissa in [sqrt(1/2), sqrt(2)): the exponent counts from that of sqrt(1/2).
+  const VecI above = (VecI)x - 0x3F3504F3;
+  const VecI exponent = above >> 23;
+  const Vec e = __builtin_convertvector(exponent, Vec);
+  const Vec m = (Vec)((VecI)x - (exponent << 23)) - 1.0f;
+  Vec p = splat(7.0376836292e-2f);
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const Vec small = p * m * m * m + e * -2.12194440e-4f - 0.5f * m * m;
+  return x == x ? small + m + e * 0.693359375f : x;
+}
+
+UML_INLINE Vec magnitude(Vec x) { return (Vec)((VecI)x & 0x7FFFFFFF); }
+
 // The normal distribution function Phi(x) and density phi(x); absolute error below 2e-7
 // (Abramowitz, Stegun 7.1.26).
 UML_INLINE void normal(Vec x, Vec& cdf, Vec& density) {
@@ -204,6 +241,14 @@ UML_INLINE void interleave(Vec a, Vec b, Vec& low, Vec& high,
   high = __builtin_shufflevector(a, b, ((kWidth + kLane) / 2 + kLane % 2 * kWidth)...);
 }
 
+// The 32 random bits of mask pairs, two lanes of 16 (rng.py).
+UML_INLINE VecU mask_hash(VecU pair, uint32_t key_low, VecU key_high) {
+  VecU x = pair ^ key_low;
+  x = (x ^ (x >> 16)) * 0x7FEB352Du;
+  x = (x ^ (x >> 15) ^ key_high) * 0x846CA68Bu;
+  return x ^ (x >> 16);
+}
+
 // Keep factors (0 or scale) of one row of a dropout mask.
 struct RowMask {
   uint32_t first;  // low half of the row's first pair index
@@ -225,10 +270,8 @@ struct RowMask {
   // Factors of columns [col, col + kWidth) in `low` and of the kWidth columns after them in `high`;
   // col is even.
   UML_INLINE void factors(int64_t col, Vec& low, Vec& high) const {
-    VecU x = ((VecU)iota() + (first + static_cast<uint32_t>(col / 2))) ^ key_low;
-    x = (x ^ (x >> 16)) * 0x7FEB352Du;
-    x = (x ^ (x >> 15) ^ key_high) * 0x846CA68Bu;
-    x = x ^ (x >> 16);
+    const VecU pair = (VecU)iota() + (first + static_cast<uint32_t>(col / 2));
+    const VecU x = mask_hash(pair, key_low, VecU{} + key_high);
 #if defined(__AVX512BW__)
     const __mmask32 keep =
         _mm512_cmpge_epu16_mask((__m512i)x, _mm512_set1_epi16(static_cast<short>(threshold)));

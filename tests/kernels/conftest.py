@@ -10,7 +10,7 @@ from torch import Tensor
 
 from uml_fast.kernels.native.library import library
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 @pytest.fixture(params=[pytest.param(s, marks=pytest.mark.native) for s in INSTRUCTION_SETS])

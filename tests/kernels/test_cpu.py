@@ -22,7 +22,9 @@ def test_widest_instruction_set_is_used() -> None:
     flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     name = library().instruction_set()
     if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
-        assert name == ("avx512_bf16" if "avx512_bf16" in flags else "avx512")
+        bf16 = "avx512_bf16" in flags
+        tiles = bf16 and "amx_bf16" in flags and torch.cpu._init_amx()
+        assert name == ("amx_bf16" if tiles else "avx512_bf16" if bf16 else "avx512")
     elif {"avx2", "fma"} <= flags:
         assert name == "avx2"
     else:
