@@ -6,9 +6,10 @@ For each segment (rows ``offsets[s] .. offsets[s + 1]``) and head:
 
 Legend: T rows, H heads, D head dimension, S segments, L rows of a segment. Inputs and output in the
 working dtype (fp32 or bf16), which is also that of the operands of products; softmax and sums in
-fp32. FLOPs forward 4 L^2 D per head (half of it causal), backward 10 L^2 D; memory is 4 T H D elements forward, 7 T H D backward: scores
-never leave the cache. Saved for backward: the inputs and the fp32 log-sum-exp (T, H); masks are
-drawn again (rng.py, mask row t * H + h, column = key's position in its segment, max_len columns).
+fp32. FLOPs forward 4 L^2 D per head (half of it causal), backward 10 L^2 D; memory is 4 T H D
+elements forward, 7 T H D backward: scores never leave the cache. Saved for backward: the inputs and
+the fp32 log-sum-exp (T, H); masks are drawn again (rng.py, mask row t * H + h, column = key's
+position in its segment, max_len columns).
 """
 
 from __future__ import annotations
