@@ -14,6 +14,7 @@ import datetime
 import gc
 import itertools
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,8 @@ import numpy as np
 from uml_fast.machine import machine_info
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
+RESULTS = Path(os.environ.get("UML_BENCH_RESULTS", ROOT / "bench" / "results"))
+"""Folder of the rows; UML_BENCH_RESULTS names another one."""
 
 
 def machine_name() -> str:
@@ -86,6 +88,20 @@ def measure(
     return seconds
 
 
+def measure_for(
+    steps: Mapping[str, Callable[[], object]], *, seconds: float, most: int = 200
+) -> dict[str, list[float]]:
+    """``measure`` with the rounds that take each provider about ``seconds``; 5 to ``most``."""
+    rounds = {}
+    for name, step in steps.items():
+        step()
+        start = time.perf_counter()
+        step()
+        took = time.perf_counter() - start
+        rounds[name] = max(5, min(most, int(seconds / max(took, 1e-6))))
+    return measure(steps, rounds=rounds, warmup_rounds=1)
+
+
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
     """p20, p50 and p80 in milliseconds."""
     p20, p50, p80 = np.quantile(seconds, (0.2, 0.5, 0.8)) * 1000
@@ -121,3 +137,20 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     content = {"name": machine_name(), **machine_info(), "date": date, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def merge_rows(path: Path, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """``write_rows``, keeping rows of the file whose ``keys`` none of the new ones has.
+
+    Kept rows say which commit and date they are of.
+    """
+    kept = []
+    if path.exists():
+        old = json.loads(path.read_text())
+        new = {tuple(row[k] for k in keys) for row in rows}
+        kept = [
+            {"commit": old["commit"], "date": old["date"], **row}
+            for row in old["rows"]
+            if tuple(row[k] for k in keys) not in new
+        ]
+    write_rows(path, [*kept, *rows])

@@ -12,9 +12,18 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from bench.shapes import Samples
 from tests.plain_uml import PlainUml, adam, pad
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pad_batch(batch: Samples) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each modality padded to its longest sample, on the device, with the lengths."""
+    padded = {m: pad(s) for m, s in batch.items()}
+    return {m: (x.to(DEVICE), lengths.to(DEVICE)) for m, (x, lengths) in padded.items()}
 
 
 class PlainStep:
@@ -25,9 +34,9 @@ class PlainStep:
     ) -> None:
         torch.manual_seed(seed)
         sizes = {m: s[0].shape[1] for m, s in batches[0].items()}
-        self.model = PlainUml(sizes, width, dropout=dropout).train()
+        self.model = PlainUml(sizes, width, dropout=dropout).to(DEVICE).train()
         self.optimizer = adam(self.model)
-        self._batches = itertools.cycle([{m: pad(s) for m, s in b.items()} for b in batches])
+        self._batches = itertools.cycle([pad_batch(b) for b in batches])
 
     def __call__(self) -> float:
         self.optimizer.zero_grad()

@@ -1,16 +1,20 @@
 """Rows to the README's table and plots.
 
-    python -m bench.plot               reads bench/results/{step,factors,accuracy}_*.json, writes
-                                       docs/img/step.svg and the tables between the README's markers
+    python -m bench.plot               reads bench/results/{step,factors,kernels,accuracy}_*.json,
+                                       writes docs/img/step.svg and the tables between the markers
+                                       of README.md and docs/kernels.md
+    python -m bench.plot --print       prints the tables of step and kernels instead
 
-A table goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``: step, factors, or the
-recipe whose accuracy it shows.
+A table goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``: step, factors, kernels,
+or the recipe whose accuracy it shows.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +34,10 @@ def conditions(content: Content) -> str:
     machine, row = content["machine"], content["rows"][0]
     chip = machine["gpu"] or f"{machine['cpu']} ({', '.join(machine['cpu_features'])})"
     commit = (content["commit"] or "unknown")[:10] + (" with changes" if content["dirty"] else "")
+    dropout = f"dropout {row['dropout']}, " if "dropout" in row else ""
     return (
         f"{chip}, {machine['cores']} cores, threads {row['threads']}, "
-        f"torch {content['versions']['torch']}, dropout {row['dropout']}, median of interleaved "
+        f"torch {content['versions']['torch']}, {dropout}median of interleaved "
         f"rounds, load {row['load_before']} before, commit {commit}, {content['date'][:10]}; "
         f"rows in bench/results."
     )
@@ -75,6 +80,28 @@ def factors_table(content: Content) -> str:
         cells = [f"{r['valid_tokens_per_s']:,.0f} (x {r['factor']:.2f})" for r in changes]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", f"Valid tokens/s (x the line above). {conditions(content)}"])
+
+
+def kernels_table(content: Content) -> str:
+    """Markdown: one line per op, shape and dtype: how many times as fast as each baseline."""
+    cases: dict[tuple[str, str, str], dict[str, dict[str, float]]] = {}
+    for row in content["rows"]:
+        case = cases.setdefault((row["op"], row["shape_name"], row["dtype"]), {})
+        case.setdefault(row["mode"], {})[row["provider"]] = row["times_ours"]
+    modes = ("fwd", "bwd", "full")
+    lines = [
+        "| op | shape | dtype | forward | backward | both |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for (op, shape, dtype), found in cases.items():
+        cells = []
+        for mode in modes:
+            others = {p: t for p, t in found.get(mode, {}).items() if p != "uml_fast"}
+            cells.append(", ".join(f"{t:.1f} {p}" for p, t in others.items()) or "no gradient")
+        lines.append(f"| `{op}` | {shape} | {dtype} | " + " | ".join(cells) + " |")
+    return "\n".join(
+        [*lines, "", f"Time of each baseline / time of uml_fast. {conditions(content)}"]
+    )
 
 
 def accuracy_table(content: Content) -> str:
@@ -144,19 +171,35 @@ def plot_step(content: Content, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Write the plot and the README's tables from the committed rows."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the plot and the documents' tables from the committed rows, or print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--print", action="store_true", help="print the tables of step and kernels")
+    if parser.parse_args(argv).print:
+        for kind, table in (("step", step_table), ("kernels", kernels_table)):
+            for content in load(kind):
+                print(f"{table(content)}\n")
+        return
     for content in load("step")[:1]:
         plot_step(content, ROOT / "docs" / "img" / "step.svg")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    for kind, table in (("step", step_table), ("factors", factors_table)):
-        found = load(kind)
-        if found:
-            text = between_markers(text, kind, "\n\n".join(table(content) for content in found))
+    tables: dict[str, dict[str, str]] = {"README.md": {}, "docs/kernels.md": {}}
+    for kind, file, table in (
+        ("step", "README.md", step_table),
+        ("factors", "README.md", factors_table),
+        ("kernels", "docs/kernels.md", kernels_table),
+    ):
+        if found := load(kind):
+            tables[file][kind] = "\n\n".join(table(content) for content in found)
     for content in load("accuracy"):
-        text = between_markers(text, content["recipe"], accuracy_table(content))
-    readme.write_text(text, encoding="utf-8")
+        tables["README.md"][content["recipe"]] = accuracy_table(content)
+    for file, parts in tables.items():
+        if not parts:
+            continue
+        path = ROOT / file
+        text = path.read_text(encoding="utf-8")
+        for name, part in parts.items():
+            text = between_markers(text, name, part)
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

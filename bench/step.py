@@ -20,9 +20,9 @@ import pytest
 import torch
 
 from bench import harness
-from bench.plain import PlainStep
+from bench.plain import DEVICE, PlainStep, pad_batch
 from bench.shapes import STEP_SHAPES, Samples, StepShape, draw_batches, layout, valid_tokens
-from tests.plain_uml import PlainUml, adam, pad, uml_fast_state
+from tests.plain_uml import PlainUml, adam, uml_fast_state
 from uml_fast.compat import prediction_losses
 from uml_fast.device import resolve_dtype
 from uml_fast.machine import machine_info
@@ -54,13 +54,13 @@ class UmlFastStep:
         config = dataclasses.replace(
             mosi(shape.width, shape.batch, dropout), precision=precision, compile=compile
         )
-        self.dtype = resolve_dtype(precision, torch.device("cpu"))
-        self.model = Uml(config, self.dtype)
+        self.dtype = resolve_dtype(precision, DEVICE)
+        self.model = Uml(config, self.dtype).to(DEVICE)
         self.train_step = TrainStep(self.model, config, seed)
         packs = [pack_samples(layout(shape), batch) for batch in batches]
         rows = [int(p.valid_T().sum()) for p in packs]
         self.fill_pct = 100 * sum(rows) / (len(packs) * packs[0].layout.rows)
-        self._packs = itertools.cycle(packs)
+        self._packs = itertools.cycle([p.to(DEVICE) for p in packs])
         self._count = itertools.count()
 
     def __call__(self) -> float:
@@ -74,17 +74,18 @@ def check_equal_losses(shape: StepShape, batches: Sequence[Samples]) -> float:
         AssertionError: it is above LOSS_TOLERANCE.
     """
     ours = UmlFastStep(batches, shape, dropout=0.0, precision="fp32")
-    plain = PlainUml({m: s[0].shape[1] for m, s in batches[0].items()}, shape.width, dropout=0.0)
+    sizes = {m: s[0].shape[1] for m, s in batches[0].items()}
+    plain = PlainUml(sizes, shape.width, dropout=0.0).to(DEVICE)
     ours.model.load_state_dict(uml_fast_state(plain))
     optimizer = adam(plain)
     worst = 0.0
     for step in range(CHECK_STEPS):
         samples = batches[step % len(batches)]
-        padded = {m: pad(s) for m, s in samples.items()}
+        padded = pad_batch(samples)
         if step == 0:
             with torch.no_grad():
                 released = plain.total_loss(padded, "release")[1]
-                packed = pack_samples(layout(shape), samples)
+                packed = pack_samples(layout(shape), samples).to(DEVICE)
                 ours_released = prediction_losses(
                     ours.model, packed, ours.train_step.config, "release"
                 )
@@ -112,6 +113,7 @@ def measured(request: pytest.FixtureRequest) -> dict[str, tuple[list[float], dic
     seconds = harness.measure(
         steps,
         rounds={"plain": shape.plain_rounds, "uml_fast": shape.rounds},
+        synchronize=torch.cuda.synchronize if DEVICE.type == "cuda" else lambda: None,
     )
     tokens = sum(valid_tokens(b) for b in batches) / len(batches)
     padded = sum(len(s) * max(map(len, s)) for b in batches for s in b.values()) / len(batches)

@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+else:
     # Triton reads this when a kernel is decorated, so set it before the first import of one.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Read by pytest-timeout; in pyproject.toml it would be an error where the plugin is missing.
+os.environ.setdefault("PYTEST_TIMEOUT", "300")
 
 torch.set_num_threads(1)
 # Deterministic mode also fills torch.empty with NaN, so a kernel that leaves a row unwritten shows.

@@ -28,7 +28,7 @@ def pad(samples: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
 
 def valid_mask(lengths: Tensor, longest: int) -> Tensor:
     """bool (L, N), True where a sample has a row."""
-    return torch.arange(longest)[:, None] < lengths
+    return torch.arange(longest, device=lengths.device)[:, None] < lengths
 
 
 class PlainUml(nn.Module):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench import harness, plot, step
+from bench import gate, harness, plot, step
 from bench.factors import PackedStep
 from bench.plain import PlainStep
 from bench.shapes import STEP_SHAPES, StepShape, draw_batches, layout, valid_tokens
@@ -194,3 +195,23 @@ def test_equal_rows_give_an_equal_plot(tmp_path: Path) -> None:
     assert first.read_bytes() == second.read_bytes()
     plot.plot_step(content(6000.0), second)
     assert first.read_bytes() != second.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"), [("assert 1 == 2", "assert 1 == 2"), ("", "no tests ran")]
+)
+def test_a_red_test_stops_the_kernel_bench(tmp_path: Path, body: str, message: str) -> None:
+    file = tmp_path / "test_red.py"
+    file.write_text(f"def test_it():\n    {body}\n" if body else "")
+    with pytest.raises(gate.RedTests, match=message):
+        gate.check(str(file))
+    file.write_text("def test_it():\n    pass\n")
+    gate.check(str(file))
+
+
+def test_merged_rows_replace_those_of_the_same_case(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    harness.merge_rows(path, [{"op": "a", "ms": 1}, {"op": "b", "ms": 2}], ["op"])
+    harness.merge_rows(path, [{"op": "b", "ms": 3}], ["op"])
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["op"], r["ms"], "date" in r) for r in rows] == [("a", 1, True), ("b", 3, False)]

@@ -1,5 +1,6 @@
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -14,13 +15,28 @@ void check(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(status));
 }
 
+// Selects a device for the calling thread and restores the one before.
+class Selected {
+ public:
+  explicit Selected(int index) {
+    cudaGetDevice(&before_);
+    check(cudaSetDevice(index), "select the device");
+  }
+  ~Selected() { cudaSetDevice(before_); }
+  Selected(const Selected&) = delete;
+  Selected& operator=(const Selected&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 cudaStream_t stream_of(Stream stream) { return static_cast<cudaStream_t>(stream); }
 cudaEvent_t event_of(Event event) { return static_cast<cudaEvent_t>(event); }
 
 }  // namespace
 
 CudaDevice::CudaDevice(int index) : index_(index) {
-  select();
+  const Selected selected(index_);
   cudaStream_t stream;
   check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "create the copy stream");
   copy_stream_ = stream;
@@ -28,11 +44,8 @@ CudaDevice::CudaDevice(int index) : index_(index) {
 
 CudaDevice::~CudaDevice() { cudaStreamDestroy(stream_of(copy_stream_)); }
 
-// The current device belongs to the calling thread, so every entry selects it.
-void CudaDevice::select() const { check(cudaSetDevice(index_), "select the device"); }
-
 Block CudaDevice::allocate(size_t bytes) {
-  select();
+  const Selected selected(index_);
   Block block{nullptr, nullptr, bytes};
   void* host = nullptr;
   void* device = nullptr;
@@ -45,7 +58,7 @@ Block CudaDevice::allocate(size_t bytes) {
   block.host = static_cast<std::byte*>(host);
   block.device = static_cast<std::byte*>(device);
   try {
-    check(cudaMemset(host, 0, bytes), "clear a pinned slot");
+    std::memset(host, 0, bytes);
     check(cudaMemset(device, 0, bytes), "clear a device slot");
   } catch (...) {
     free(block);
@@ -55,13 +68,16 @@ Block CudaDevice::allocate(size_t bytes) {
 }
 
 void CudaDevice::free(const Block& block) noexcept {
+  int before = 0;
+  cudaGetDevice(&before);
   cudaSetDevice(index_);
   cudaFree(block.device);
   cudaFreeHost(block.host);
+  cudaSetDevice(before);
 }
 
 Event CudaDevice::make_event() {
-  select();
+  const Selected selected(index_);
   cudaEvent_t event;
   check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "create an event");
   return event;
@@ -70,17 +86,17 @@ Event CudaDevice::make_event() {
 void CudaDevice::free_event(Event event) noexcept { cudaEventDestroy(event_of(event)); }
 
 void CudaDevice::record(Event event, Stream stream) {
-  select();
+  const Selected selected(index_);
   check(cudaEventRecord(event_of(event), stream_of(stream)), "record an event");
 }
 
 void CudaDevice::wait(Event event, Stream stream) {
-  select();
+  const Selected selected(index_);
   check(cudaStreamWaitEvent(stream_of(stream), event_of(event), 0), "wait for an event");
 }
 
 bool CudaDevice::query(Event event) {
-  select();
+  const Selected selected(index_);
   const cudaError_t status = cudaEventQuery(event_of(event));
   if (status == cudaErrorNotReady) {
     cudaGetLastError();
@@ -91,12 +107,12 @@ bool CudaDevice::query(Event event) {
 }
 
 void CudaDevice::synchronize(Event event) {
-  select();
+  const Selected selected(index_);
   check(cudaEventSynchronize(event_of(event)), "synchronise with an event");
 }
 
 void CudaDevice::upload(const Block& block, size_t bytes) {
-  select();
+  const Selected selected(index_);
   check(cudaMemcpyAsync(block.device, block.host, bytes, cudaMemcpyHostToDevice,
                         stream_of(copy_stream_)),
         "copy a slot to the device");

@@ -27,8 +27,6 @@ class CudaDevice final : public Device {
   int index() const { return index_; }
 
  private:
-  void select() const;
-
   int index_;
   Stream copy_stream_ = nullptr;
 };

@@ -37,7 +37,7 @@ def forward_backward(
     outputs: Sequence[Tensor] = out if isinstance(out, tuple) else (out,)
     generator = torch.Generator().manual_seed(seed)
     grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
-    grads = [g.bfloat16().to(o.dtype) for g, o in zip(grads, outputs, strict=True)]
+    grads = [g.bfloat16().to(o) for g, o in zip(grads, outputs, strict=True)]
     wanted = {n: t for n, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad}
     found = torch.autograd.grad(outputs, list(wanted.values()), grads)
     named = [(f"output {i}", o.detach()) for i, o in enumerate(outputs)]

@@ -26,8 +26,13 @@ BACKENDS = [
 EVERY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 
 
-def arguments(spec: KernelSpec, shape: Any, dtype: torch.dtype) -> dict[str, Any]:
-    return spec.inputs(shape, dtype, torch.Generator().manual_seed(0))
+def arguments(
+    spec: KernelSpec, shape: Any, dtype: torch.dtype, backend: str = "auto"
+) -> dict[str, Any]:
+    """Inputs on the CPU; those of Triton on the GPU where there is one."""
+    on_gpu = backend == "triton" and torch.cuda.is_available()
+    inputs = spec.inputs(shape, dtype, torch.Generator().manual_seed(0))
+    return {k: v.cuda() if on_gpu and isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,13 +44,13 @@ def test_matches_the_reference(
         pytest.skip("fp16 has no CPU kernels")
     op = functools.partial(spec.function, backend=backend)
     reference = functools.partial(spec.function, backend="reference")
-    assert_matches(op, reference, arguments(spec, shape, dtype), spec.gradients)
+    assert_matches(op, reference, arguments(spec, shape, dtype, backend), spec.gradients)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @EVERY_SPEC
 def test_same_bits_twice(spec: KernelSpec, backend: str) -> None:
-    inputs = arguments(spec, list(spec.tests.values())[-1], torch.float32)
+    inputs = arguments(spec, list(spec.tests.values())[-1], torch.float32, backend)
     op = functools.partial(spec.function, backend=backend)
     first = forward_backward(op, inputs, spec.gradients)
     assert_equal(first, forward_backward(op, inputs, spec.gradients))
@@ -62,7 +67,7 @@ def test_compiles_without_a_graph_break(spec: KernelSpec) -> None:
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @EVERY_SPEC
 def test_non_contiguous_inputs_are_refused(spec: KernelSpec, backend: str) -> None:
-    inputs = arguments(spec, list(spec.tests.values())[-1], torch.float32)
+    inputs = arguments(spec, list(spec.tests.values())[-1], torch.float32, backend)
     name = spec.gradients[0]
     value = inputs[name]
     assert isinstance(value, Tensor)

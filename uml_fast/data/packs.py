@@ -148,7 +148,7 @@ class NativePacks:
         self._layouts, self._device, self._timeout_s = layouts, device, timeout_s
         cuda = native.cuda_module() if device.type == "cuda" else None
         self._is_direct = cuda is not None or device.type == "cpu"
-        index = device.index if device.index is not None else 0
+        index = torch.cuda.current_device() if cuda and device.index is None else device.index
         self._loader = extension.Loader(
             **args,
             sources=[(s.rows.view(np.uint8).reshape(-1), s.labels) for s in sources],
