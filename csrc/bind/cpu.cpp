@@ -97,6 +97,14 @@ void bind_cpu(py::module_& module) {
       },
       nogil);
   m.def(
+      "index_sum",
+      [](int threads, int dtype, Address input, Address index, int64_t rows, int64_t cols,
+         int64_t size, Address out) {
+        kernels().index_sum(threads, static_cast<DType>(dtype), at<const void>(input),
+                            at<const int32_t>(index), rows, cols, size, at<float>(out));
+      },
+      nogil);
+  m.def(
       "add_layer_norm_fwd",
       [](int threads, int64_t rows, int64_t cols, int input_dtype, int residual_dtype,
          Address input, Address residual, Address weight, Address bias, double eps, Address normed,

@@ -11,6 +11,8 @@ void activation_fwd(int threads, DType, Activation, const void* pre, const float
 void activation_bwd(int threads, DType, Activation, const void* saved, const float* bias,
                     void* grad, float* bias_grad, int64_t rows, int64_t cols, Dropout);
 void column_sum(int threads, DType, const void* input, float* out, int64_t rows, int64_t cols);
+void index_sum(int threads, DType, const void* input, const int32_t* index, int64_t rows,
+               int64_t cols, int64_t size, float* out);
 void add_layer_norm_fwd(int threads, NormShape, const void* input, const void* residual,
                         const float* weight, const float* bias, float eps, void* normed,
                         void* summed, float* mean, float* rstd, Dropout);

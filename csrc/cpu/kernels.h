@@ -55,6 +55,11 @@ struct Kernels {
   // out[c] = sum over rows of input.
   void (*column_sum)(int threads, DType, const void* input, float* out, int64_t rows, int64_t cols);
 
+  // out[p] = sum of the rows of input whose index is p, for size entries; indices beyond them are
+  // clamped.
+  void (*index_sum)(int threads, DType, const void* input, const int32_t* index, int64_t rows,
+                    int64_t cols, int64_t size, float* out);
+
   // summed = residual + dropout(input) (may be null), normed = layer norm of it; mean and rstd per
   // row.
   void (*add_layer_norm_fwd)(int threads, NormShape, const void* input, const void* residual,

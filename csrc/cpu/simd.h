@@ -309,14 +309,16 @@ UML_INLINE void transpose_from(Vec* v) {
 // Transposes kWidth vectors in place.
 UML_INLINE void transpose(Vec* v) { transpose_from<1>(v); }
 
-// Uninitialised floats for the duration of a scope.
-struct Floats {
-  float* data;
-  UML_INLINE explicit Floats(int64_t count) : data(new float[count]) {}
-  UML_INLINE ~Floats() { delete[] data; }
-  Floats(const Floats&) = delete;
-  Floats& operator=(const Floats&) = delete;
+// Uninitialised elements for the duration of a scope.
+template <class T>
+struct Array {
+  T* data;
+  UML_INLINE explicit Array(int64_t count) : data(new T[count]) {}
+  UML_INLINE ~Array() { delete[] data; }
+  Array(const Array&) = delete;
+  Array& operator=(const Array&) = delete;
 };
+using Floats = Array<float>;
 
 // Calls f with a null pointer to the element type of `dtype`.
 template <class F>

@@ -13,6 +13,7 @@ const Kernels kernel_table = {
     .activation_fwd = activation_fwd,
     .activation_bwd = activation_bwd,
     .column_sum = column_sum,
+    .index_sum = index_sum,
     .add_layer_norm_fwd = add_layer_norm_fwd,
     .add_layer_norm_bwd = add_layer_norm_bwd,
     .attention_fwd = attention_fwd,
