@@ -8,9 +8,10 @@ backbone) are base classes here, and the module that implements a kind owns its 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from uml_fast.data.source import Task
@@ -235,11 +236,16 @@ class RunConfig:
     """Steps between lines in metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        _check_finite(self)
         names = [m.name for m in self.modalities]
         require(len(set(names)) == len(names), f"modality names are not unique: {names}")
         require(self.target in names, f"target {self.target!r} is not among the modalities {names}")
         require(self.steps >= 1, f"steps is {self.steps}; it must be >= 1")
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be >= 1")
+        require(self.seed >= 0, f"seed is {self.seed}; it must be >= 0")
+        require(
+            self.backbone.width >= 1, f"backbone.width is {self.backbone.width}; it must be >= 1"
+        )
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be >= 1")
         require(len(self.modes) >= 1, "modes is empty; name unimodal, uml or both")
         self._check_metric()
@@ -279,3 +285,15 @@ class RunConfig:
         project = tuple(n for n in self.objective.project if n == self.target)
         objective = dataclasses.replace(self.objective, project=project, init_head_from=None)
         return dataclasses.replace(self, modalities=alone, objective=objective)
+
+
+def _check_finite(value: Any, name: str = "") -> None:
+    """Raise ConfigError where a number of a configuration is infinite or NaN."""
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            _check_finite(getattr(value, f.name), f"{name}.{f.name}" if name else f.name)
+    elif isinstance(value, tuple):
+        for i, v in enumerate(value):
+            _check_finite(v, f"{name}[{i}]")
+    elif isinstance(value, float):
+        require(math.isfinite(value), f"{name} is {value}; it must be finite")

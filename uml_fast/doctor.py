@@ -22,7 +22,6 @@ from pathlib import Path
 PACKAGES = {
     "tyro": ("tyro", "command line"),
     "safetensors": ("safetensors", "export"),
-    "tokenizers": ("tokenizers", "text"),
     "sklearn": ("scikit-learn", "digits and the linear probe"),
     "matplotlib": ("matplotlib", "curves in report.html"),
     "tensorboard": ("tensorboard", "TensorBoard events"),

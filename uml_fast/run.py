@@ -93,6 +93,13 @@ def read_config(folder: Path) -> RunConfig:
     return config
 
 
+def run_folder(config: RunConfig) -> Path:
+    """The folder of a run."""
+    if config.resume not in ("auto", "never"):
+        return Path(config.resume)
+    return config.out or Path("runs") / Path(config.recipe.split(":")[0]).stem
+
+
 def open_run(config: RunConfig) -> Path:
     """Make or continue the run folder; returns its path.
 
@@ -104,9 +111,8 @@ def open_run(config: RunConfig) -> Path:
         ConfigError: the folder holds a run that was configured otherwise; the message names the
             fields.
     """
-    folder = config.out or Path("runs") / Path(config.recipe.split(":")[0]).stem
+    folder = run_folder(config)
     if config.resume not in ("auto", "never"):
-        folder = Path(config.resume)
         read_config(folder)
     if config.resume == "never" and (folder / "run.json").exists():
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")

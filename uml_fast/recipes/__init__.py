@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -102,5 +103,5 @@ def _function(module: ModuleType, name: str, place: str) -> Callable[[], object]
     found = getattr(module, name, None)
     if callable(found):
         return found
-    functions = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and n[0] != "_"]
     raise ConfigError(f"{place}: " + unknown("function", name, functions))
