@@ -48,9 +48,9 @@ struct Task {
   int64_t unit;
   int64_t block_panels;  // of the largest block
 
-  UML_INLINE Task(const AttentionShape& shape, int64_t index, Blocking blocking) {
-    const int64_t segment = index / shape.heads;
-    head = index % shape.heads;
+  UML_INLINE Task(const AttentionShape& shape, int64_t segment, int64_t head_index,
+                  Blocking blocking) {
+    head = head_index;
     first = shape.offsets[segment];
     length = shape.offsets[segment + 1] - first;
     dim = shape.head_dim;
@@ -260,13 +260,6 @@ void bwd_task(const AttentionShape& shape, const Task& t, const T* grad_out, con
   write_rows(dv, LP, L, D, grad_value + grad_at, grad_stride);
 }
 
-constexpr int64_t kTasksPerChunk = 8;  // of MOSI's shape about 20 us
-
-// Chunks of tasks; longer segments than the usual few dozen rows are handed out one by one.
-int64_t tasks_per_chunk(const AttentionShape& shape) {
-  return shape.max_len > 64 ? 1 : kTasksPerChunk;
-}
-
 // Words for elements of type T.
 #if defined(__AVX512BF16__)
 template <class T>
@@ -276,14 +269,24 @@ template <class T>
 using OpOf = Singles;
 #endif
 
-// Calls run(type tag, task) for every (segment, head) that has rows.
-template <class T, class Run>
+constexpr int64_t kShort = 64;         // rows of a short segment
+constexpr int64_t kTasksPerChunk = 8;  // of MOSI's shape about 20 us
+
+// Calls run(task) for every (segment, head) that has rows: one by one and the longest first, so
+// that threads end together, or in chunks if all are short.
+template <class Op, class Run>
 void for_each_task(int threads, const AttentionShape& shape, Blocking blocking, Run run) {
-  parallel_for(threads, shape.segments * shape.heads, tasks_per_chunk(shape),
+  const bool is_short = shape.max_len <= kShort;
+  const bool is_ordered = !is_short && threads > 1;
+  const Array<int32_t> order(is_ordered ? shape.segments : 0);
+  if (is_ordered) longest_first(shape.offsets, shape.segments, order.data);
+  parallel_for(threads, shape.segments * shape.heads, is_short ? kTasksPerChunk : 1,
                [&](int64_t begin, int64_t end) {
-                 [[maybe_unused]] const TileScope tiles;
+                 [[maybe_unused]] const ProductScope<Op> scope;
                  for (int64_t i = begin; i < end; ++i) {
-                   const Task task(shape, i, blocking);
+                   const int64_t at = i / shape.heads;
+                   const Task task(shape, is_ordered ? order.data[at] : at, i % shape.heads,
+                                   blocking);
                    if (task.length > 0) run(task);
                  }
                });
@@ -295,7 +298,7 @@ void attention_fwd(int threads, AttentionShape shape, const void* query, const v
                    const void* value, void* out, float* lse, Dropout drop) {
   with_type(shape.dtype, [&]<class T>(T*) {
     using Op = OpOf<T>;
-    for_each_task<T>(threads, shape, kForward<Op>, [&](const Task& task) {
+    for_each_task<Op>(threads, shape, kForward<Op>, [&](const Task& task) {
       fwd_task<Op>(shape, task, static_cast<const T*>(query), static_cast<const T*>(key),
                    static_cast<const T*>(value), static_cast<T*>(out), lse, drop);
     });
@@ -307,7 +310,7 @@ void attention_bwd(int threads, AttentionShape shape, const void* grad_out, cons
                    void* grad_key, void* grad_value, int64_t grad_stride, Dropout drop) {
   with_type(shape.dtype, [&]<class T>(T*) {
     using Op = OpOf<T>;
-    for_each_task<T>(threads, shape, kBackward<Op>, [&](const Task& task) {
+    for_each_task<Op>(threads, shape, kBackward<Op>, [&](const Task& task) {
       bwd_task<Op>(shape, task, static_cast<const T*>(grad_out), static_cast<const T*>(query),
                    static_cast<const T*>(key), static_cast<const T*>(value), lse,
                    static_cast<T*>(grad_query), static_cast<T*>(grad_key),

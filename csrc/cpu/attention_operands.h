@@ -73,9 +73,10 @@ struct Pack<Singles> {
   template <class T>
   static void panels(Matrix<T> src, float* b) {
     const int64_t depth = padded_words<Singles>(src.rows);
-    for (int64_t c = 0; c < src.cols; c += kWidth, b += depth * kWidth) {
-      for (int64_t i = 0; i < src.rows; ++i) {
-        store(b + i * kWidth, load_n(src.data + i * src.stride + c, src.cols - c));
+    for (int64_t i = 0; i < src.rows; ++i, b += kWidth) {
+      const T* from = src.data + i * src.stride;
+      for (int64_t c = 0; c < src.cols; c += kWidth) {
+        store(b + c * depth, load_n(from + c, src.cols - c));
       }
     }
   }
@@ -110,14 +111,16 @@ struct Pack<Pairs> {
 
   static Operand rows(Matrix<bf16> src, float* a) {
     const int64_t panel = round_up(src.rows, kWidth) * kWidth;
-    for (int64_t c = 0; c < src.cols; c += 2 * kWidth) {
-      const uint32_t mask = first_bits(src.cols - c);
-      float* d = a + c / (2 * kWidth) * panel;
-      for (int64_t i = 0; i < src.rows; ++i) {
-        const bf16* from = src.data + i * src.stride + c;
-        store(d + i * kWidth, (Vec)_mm512_maskz_loadu_epi16(mask, from));
+    for (int64_t i = 0; i < src.rows; ++i) {
+      const bf16* from = src.data + i * src.stride;
+      float* to = a + i * kWidth;
+      for (int64_t c = 0; c < src.cols; c += 2 * kWidth, to += panel) {
+        store(to, (Vec)_mm512_maskz_loadu_epi16(first_bits(src.cols - c), from + c));
       }
-      for (int64_t i = src.rows * kWidth; i < panel; i += kWidth) store(d + i, Vec{});
+    }
+    for (int64_t c = 0; c < src.cols; c += 2 * kWidth) {
+      float* to = a + c / (2 * kWidth) * panel;
+      for (int64_t i = src.rows * kWidth; i < panel; i += kWidth) store(to + i, Vec{});
     }
     return {a, kWidth, 1, panel};
   }
@@ -154,8 +157,10 @@ struct Pack<Pairs> {
 
   static void panels(Matrix<bf16> src, float* b) {
     const int64_t depth = padded_words<Pairs>(src.rows);
-    for (int64_t c = 0; c < src.cols; c += kWidth, b += depth * kWidth) {
-      for (int64_t w = 0; w < depth; ++w) store(b + w * kWidth, pair_of_rows(src, 2 * w, c));
+    for (int64_t w = 0; w < depth; ++w, b += kWidth) {
+      for (int64_t c = 0; c < src.cols; c += kWidth) {
+        store(b + c * depth, pair_of_rows(src, 2 * w, c));
+      }
     }
   }
 
@@ -168,30 +173,29 @@ struct Pack<Pairs> {
 };
 #endif
 
-// dst (rows, cols) = C in panels of `depth` rows.
+// dst (rows, cols) = C in panels of `depth` rows. Row after row: dst is cold, its rows far apart.
 template <class T>
 UML_INLINE void write_rows(const float* c, int64_t depth, int64_t rows, int64_t cols, T* dst,
                            int64_t stride) {
-  for (int64_t j = 0; j < cols; j += kWidth, c += depth * kWidth) {
-    for (int64_t i = 0; i < rows; ++i)
-      store_n(dst + i * stride + j, load(c + i * kWidth), cols - j);
+  for (int64_t i = 0; i < rows; ++i, c += kWidth, dst += stride) {
+    for (int64_t j = 0; j < cols; j += kWidth) store_n(dst + j, load(c + j * depth), cols - j);
   }
 }
 
-// dst (rows, cols) = the transpose of C's (cols, rows), of panels of `depth` rows; row i times
-// factor[i], null for 1.
+// dst (rows, cols) = the transpose of C (cols, rows) in panels of `depth` rows, which is
+// overwritten; row i times factor[i], null for 1.
 template <class T>
-UML_INLINE void write_transposed(const float* c, int64_t depth, const float* factor, int64_t rows,
+UML_INLINE void write_transposed(float* c, int64_t depth, const float* factor, int64_t rows,
                                  int64_t cols, T* dst, int64_t stride) {
   for (int64_t i = 0; i < rows; i += kWidth, c += depth * kWidth) {
     const Vec scale = factor ? load(factor + i) : splat(1.0f);
-    const int64_t n = smaller(kWidth, rows - i);
     for (int64_t j = 0; j < cols; j += kWidth) {
       Vec block[kWidth];
       for (int r = 0; r < kWidth; ++r) block[r] = load(c + (j + r) * kWidth) * scale;
       transpose(block);
-      for (int64_t r = 0; r < n; ++r) store_n(dst + (i + r) * stride + j, block[r], cols - j);
+      for (int r = 0; r < kWidth; ++r) store(c + (j + r) * kWidth, block[r]);
     }
+    write_rows(c, kWidth, smaller(kWidth, rows - i), cols, dst + i * stride, stride);
   }
 }
 

@@ -125,32 +125,37 @@ void vector_product(int64_t m, int64_t panels, int64_t k, Operand a, const float
   }
 }
 
+// What products need set up on a thread; nothing without matrix tiles.
+template <class Op>
+struct ProductScope {
+  ProductScope() {}
+};
+
 #if defined(__AMX_BF16__)
 constexpr int64_t kTileWords = 16 * 16;  // of a tile: 16 rows of 64 bytes
 
-// Tiles of 16 full rows for the duration of a scope, then the configuration found before:
-// other libraries on this thread may rely on theirs.
-class TileScope {
+// Products in a scope of their own: sets tiles to 16 full rows, and leaves the configuration found
+// before, on which other libraries on this thread may rely.
+template <>
+class ProductScope<Pairs> {
  public:
-  TileScope() {
-    _tile_storeconfig(&before_);
+  ProductScope() {
+    // Not the intrinsics: those of GCC 12 hide what they read and write from the compiler.
+    asm volatile("sttilecfg %0" : "=m"(before_));
     Config config{};
     config.palette = 1;
     for (int t = 0; t < 8; ++t) {
       config.row_bytes[t] = 64;
       config.rows[t] = 16;
     }
-    _tile_loadconfig(&config);
+    asm volatile("ldtilecfg %0" ::"m"(config));
   }
-  ~TileScope() {
-    if (before_.palette == 0) {
-      _tile_release();
-    } else {
-      _tile_loadconfig(&before_);
-    }
+  ~ProductScope() {
+    // Palette 0 is the initial state; loading it releases the tiles.
+    asm volatile("ldtilecfg %0" ::"m"(before_));
   }
-  TileScope(const TileScope&) = delete;
-  TileScope& operator=(const TileScope&) = delete;
+  ProductScope(const ProductScope&) = delete;
+  ProductScope& operator=(const ProductScope&) = delete;
 
  private:
   struct alignas(64) Config {
@@ -162,6 +167,9 @@ class TileScope {
   };
   Config before_;
 };
+
+// Keeps accesses to memory on their side: GCC does not see those of the tile intrinsics.
+UML_INLINE void fence_compiler() { asm volatile("" ::: "memory"); }
 
 // C[kRows x kCols tiles] (+)= A[kRows, steps] B[steps, kCols]; tiles 0..3 hold C, 4 and 5 A,
 // 6 and 7 B.
@@ -217,6 +225,7 @@ template <bool kAdd>
 void amx_product(int64_t m, int64_t panels, int64_t k, Operand a, const float* b, int64_t b_panel,
                  float* c, int64_t c_panel) {
   const int64_t steps = (k + 15) / 16;
+  fence_compiler();
   int64_t j = 0;
   for (; j + 1 < panels; j += 2) {
     amx_column<2, kAdd>(m, a, b + j * b_panel, b_panel, c + j * c_panel, c_panel, steps);
@@ -224,12 +233,8 @@ void amx_product(int64_t m, int64_t panels, int64_t k, Operand a, const float* b
   if (j < panels) {
     amx_column<1, kAdd>(m, a, b + j * b_panel, b_panel, c + j * c_panel, c_panel, steps);
   }
+  fence_compiler();
 }
-#else
-// Nothing to set up without matrix tiles.
-struct TileScope {
-  TileScope() {}
-};
 #endif
 
 template <class Op, bool kAdd>

@@ -1,6 +1,8 @@
 // Chooses the kernels of the widest instruction set that this processor has.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <numeric>
 
 #include "kernels.h"
 
@@ -96,6 +98,13 @@ bool offsets_are_valid(const int32_t* offsets, int64_t segments, int64_t rows, i
     valid &= length >= 0 && length <= max_len;
   }
   return valid;
+}
+
+void longest_first(const int32_t* offsets, int64_t segments, int32_t* order) {
+  std::iota(order, order + segments, 0);
+  std::stable_sort(order, order + segments, [&](int32_t a, int32_t b) {
+    return offsets[a + 1] - offsets[a] > offsets[b + 1] - offsets[b];
+  });
 }
 
 uint64_t site_key(uint64_t rng_key, int64_t site) {

@@ -95,6 +95,9 @@ bool use_kernels(const char* name);
 // True if offsets start at 0, never decrease, end at rows and no segment is longer than max_len.
 bool offsets_are_valid(const int32_t* offsets, int64_t segments, int64_t rows, int64_t max_len);
 
+// order = the segments, longest first, equal ones as they come.
+void longest_first(const int32_t* offsets, int64_t segments, int32_t* order);
+
 // The key of a dropout site (splitmix64 of the step's key).
 uint64_t site_key(uint64_t rng_key, int64_t site);
 

@@ -3,9 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
-#include <new>
 #include <thread>
 #include <vector>
 
@@ -127,7 +127,11 @@ float* thread_scratch(size_t floats) {
     const size_t rounded = (floats + 1023) / 1024 * 1024;
     scratch.data = static_cast<float*>(std::aligned_alloc(64, rounded * sizeof(float)));
     scratch.floats = scratch.data ? rounded : 0;
-    if (!scratch.data) throw std::bad_alloc();
+    if (!scratch.data) {
+      std::fprintf(stderr, "uml_fast: no memory for %zu bytes of scratch in a CPU kernel\n",
+                   rounded * sizeof(float));
+      std::abort();
+    }
   }
   return scratch.data;
 }

@@ -28,7 +28,7 @@ void parallel_for(int threads, int64_t items, int64_t grain, Body&& body) {
 void use_openmp(std::uintptr_t address);
 
 // At least `floats` floats of 64-byte aligned memory owned by the calling thread, valid until its
-// next call.
+// next call. Ends the process with a message if there is none: loop bodies cannot throw.
 float* thread_scratch(size_t floats);
 
 }  // namespace uml

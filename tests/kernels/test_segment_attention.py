@@ -63,8 +63,53 @@ def test_heads(instruction_set: str, heads: int, dim: int, dtype: torch.dtype) -
     assert_matches(native, reference, inputs)
 
 
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 64, 65, 129])
+def test_one_segment_around_whole_blocks(instruction_set: str, length: int) -> None:
+    """Odd numbers of keys, half-filled words, panels and tiles; one block of queries and two."""
+    inputs = {"qkv": projection(length, 2, 20, torch.bfloat16), "offsets": offsets_of([length]),
+              "max_len": length}  # fmt: skip
+    assert_matches(native, reference, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dim", [2, 7, 15, 16, 17, 31, 32, 33, 63, 65, 129, 255])
+def test_head_dimensions_around_whole_words(
+    instruction_set: str, rng_key: Tensor, dim: int, dtype: torch.dtype
+) -> None:
+    offsets = offsets_of([3, 37])
+    inputs = {"qkv": projection(40, 2, dim, dtype), "offsets": offsets, "max_len": 37,
+              "dropout_p": 0.3, "rng_key": rng_key, "site": 1}  # fmt: skip
+    assert_matches(native, reference, inputs)
+
+
+def test_what_scratch_memory_held_does_not_matter(instruction_set: str) -> None:
+    """NaN left in scratch by one call must not leak into the padding of the next."""
+    poison = projection(200, 1, 256, torch.bfloat16).fill_(float("nan"))
+    inputs = {"qkv": projection(37, 2, 9, torch.bfloat16), "offsets": offsets_of([20, 17]),
+              "max_len": 20, "is_causal": True}  # fmt: skip
+    clean = forward_backward(native, inputs)
+    for dtype in (torch.bfloat16, torch.float32):
+        poisoned = {"qkv": poison.to(dtype), "offsets": offsets_of([200]), "max_len": 200}
+        assert forward_backward(native, poisoned)[0][1].isnan().all()
+        assert_equal(forward_backward(native, inputs), clean)
+
+
+def test_between_matrix_products_of_torch(instruction_set: str, two_threads: None) -> None:
+    """torch's bf16 products use the same matrix tiles of the same threads where there are any."""
+    x, y = torch.randn(192, 160).bfloat16(), torch.randn(160, 96).bfloat16()
+    lengths = [70, 3, 50, 19]
+    inputs = {"qkv": projection(142, 4, 40, torch.bfloat16), "offsets": offsets_of(lengths),
+              "max_len": 70}  # fmt: skip
+    product, attention = x @ y, forward_backward(native, inputs)
+    for _ in range(3):
+        assert torch.equal(x @ y, product)
+        assert_equal(forward_backward(native, inputs), attention)
+    want = x.double() @ y.double()
+    assert (product.double() - want).abs().max() <= 2**-7 * want.abs().max()
+
+
 @pytest.mark.native
-@pytest.mark.parametrize("scale", [0.01, 3.0])
+@pytest.mark.parametrize("scale", [0.01, 3.0, -1.0])
 def test_scale_and_large_scores(scale: float) -> None:
     """Scores up to hundreds: softmax must not overflow, and rows become one-hot."""
     inputs = {"qkv": projection(40, 2, 16) * 4, "offsets": offsets_of([40]), "max_len": 40,
@@ -119,6 +164,25 @@ def test_threads_give_the_same_bits(rng_key: Tensor, two_threads: None) -> None:
     torch.set_num_threads(1)
     assert_equal(two, forward_backward(native, inputs))
     assert_equal(two, forward_backward(native, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_order_of_long_segments_does_not_matter(
+    instruction_set: str, two_threads: None, dtype: torch.dtype
+) -> None:
+    """Threads take long segments first; each segment's rows are its own in any order."""
+    lengths = [5, 0, 90, 200, 90, 33]
+    qkv = projection(sum(lengths), 3, 24, dtype)
+    options = {"offsets": offsets_of(lengths), "max_len": 200, "is_causal": True}
+    both = forward_backward(native, {"qkv": qkv, **options})
+    torch.set_num_threads(1)
+    assert_equal(both, forward_backward(native, {"qkv": qkv, **options}))
+    start = 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        alone = native(qkv[rows], offsets=offsets_of([length]), max_len=length, is_causal=True)
+        assert torch.equal(alone, both[0][1][rows])
+        start += length
 
 
 def test_packed_is_the_same_op(rng_key: Tensor) -> None:
