@@ -19,7 +19,7 @@ PACKAGE = ROOT / "uml_fast"
 
 LAYERS = (
     ("config", "_native", "_native_cuda"),
-    ("native", "device"),
+    ("native", "device", "files", "progress"),
     ("kernels",),
     ("pack", "layout", "schedule", "flops"),
     ("modalities",),

@@ -13,8 +13,6 @@ import contextlib
 import json
 import logging
 import math
-import os
-import shutil
 import sys
 import time
 import warnings
@@ -24,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-logger = logging.getLogger(__name__)
+from uml_fast.files import replace_file
+from uml_fast.progress import StatusLine, duration
 
-TERMINAL_INTERVAL_S = 0.1
-PLAIN_INTERVAL_S = 10.0
+logger = logging.getLogger(__name__)
 
 
 class RunFolderError(RuntimeError):
@@ -213,16 +211,6 @@ class RunLog:
             return SummaryWriter(str(folder), purge_step=purge)
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write the file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _finite(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None
@@ -245,12 +233,9 @@ class _Progress:
 
     def __init__(self, trials: Sequence[Trial], stream: TextIO) -> None:
         self.trials = list(trials)
-        self.stream = stream
-        self.is_terminal = stream.isatty()
+        self.status = StatusLine(stream)
         self.index = -1
         self.name = ""
-        self.shown = -math.inf
-        self.is_line_open = False
         self.latest: dict[str, Any] = {}
         self.recent: deque[tuple[int, float]] = deque(maxlen=32)
         self.start = (0, 0.0)
@@ -266,15 +251,14 @@ class _Progress:
         self.start = (resumed_step, time.monotonic())
         self.recent.clear()
         self.recent.append(self.start)
-        self.shown = -math.inf
+        self.status.restart()
 
     def update(self, record: Mapping[str, Any]) -> None:
         now = time.monotonic()
         self.latest |= record
         self.recent.append((record["step"], now))
-        if now - self.shown >= (TERMINAL_INTERVAL_S if self.is_terminal else PLAIN_INTERVAL_S):
-            self.shown = now
-            self._show(self._line(), keep=not self.is_terminal)
+        if self.status.is_due(now):
+            self.status.update(self._line())
 
     def end(self) -> None:
         step, since = self.start
@@ -282,22 +266,12 @@ class _Progress:
         if done > 0:
             self.seconds_per_step[self.latest["mode"]] = took / done
         loss = self.latest.get("loss")
-        parts = [f"{self._head()}  {self.latest['step']} steps in {_duration(took)}"]
+        parts = [f"{self._head()}  {self.latest['step']} steps in {duration(took)}"]
         parts += [f"loss {loss:.4g}"] if loss is not None else []
-        self._show("  ".join(parts), keep=True)
+        self.status.note("  ".join(parts))
 
     def note(self, text: str) -> None:
-        self._show(text, keep=True)
-
-    def _show(self, text: str, *, keep: bool) -> None:
-        if self.is_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            text = "\r" + (text if keep else text[:width]) + "\x1b[K"
-        elif self.is_line_open:
-            text = "\n" + text
-        self.stream.write(text + ("\n" if keep else ""))
-        self.stream.flush()
-        self.is_line_open = not keep
+        self.status.note(text)
 
     def _head(self) -> str:
         return self.name if self.index < 0 else f"[{self.index + 1}/{len(self.trials)}] {self.name}"
@@ -311,7 +285,7 @@ class _Progress:
             parts.append(f"step {r['step']}/{self.trials[self.index].steps}")
             left = self._left()
             if left is not None:
-                parts.append(f"left {_duration(left[0])}, run {_duration(left[1])}")
+                parts.append(f"left {duration(left[0])}, run {duration(left[1])}")
         if r.get("loss") is not None:
             parts.append(f"loss {r['loss']:.4g}")
         if r.get("tokens_per_s") is not None:
@@ -331,12 +305,6 @@ class _Progress:
         trial = rate * max(0, self.trials[self.index].steps - step_1)
         later = self.trials[self.index + 1 :]
         return trial, trial + sum(t.steps * self.seconds_per_step.get(t.mode, rate) for t in later)
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def _count(value: float) -> str:

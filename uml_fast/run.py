@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from uml_fast.config import ConfigError, RunConfig
-from uml_fast.log import RunFolderError, replace_file
+from uml_fast.files import replace_file
+from uml_fast.log import RunFolderError
 from uml_fast.machine import machine_info
 from uml_fast.recipes import RECIPE_MODULE, import_file
 
