@@ -106,12 +106,12 @@ void bind_cpu(py::module_& module) {
       nogil);
   m.def(
       "add_layer_norm_fwd",
-      [](int threads, int64_t rows, int64_t cols, int input_dtype, int residual_dtype,
+      [](int threads, int64_t rows, int64_t cols, int input_dtype, int residual_dtype, bool is_rms,
          Address input, Address residual, Address weight, Address bias, double eps, Address normed,
          Address summed, Address mean, Address rstd, Address rng_key, int64_t site,
          uint32_t threshold) {
         const NormShape shape{rows, cols, static_cast<DType>(input_dtype),
-                              static_cast<DType>(residual_dtype)};
+                              static_cast<DType>(residual_dtype), is_rms};
         kernels().add_layer_norm_fwd(threads, shape, at<const void>(input),
                                      at<const void>(residual), at<const float>(weight),
                                      at<const float>(bias), static_cast<float>(eps),
@@ -121,12 +121,12 @@ void bind_cpu(py::module_& module) {
       nogil);
   m.def(
       "add_layer_norm_bwd",
-      [](int threads, int64_t rows, int64_t cols, int input_dtype, int residual_dtype,
+      [](int threads, int64_t rows, int64_t cols, int input_dtype, int residual_dtype, bool is_rms,
          Address grad_normed, Address grad_summed, Address input, Address residual, Address weight,
          Address mean, Address rstd, Address grad_input, Address grad_residual, Address grad_weight,
          Address grad_bias, Address rng_key, int64_t site, uint32_t threshold) {
         const NormShape shape{rows, cols, static_cast<DType>(input_dtype),
-                              static_cast<DType>(residual_dtype)};
+                              static_cast<DType>(residual_dtype), is_rms};
         kernels().add_layer_norm_bwd(
             threads, shape, at<const void>(grad_normed), at<const void>(grad_summed),
             at<const void>(input), at<const void>(residual), at<const float>(weight),

@@ -36,6 +36,7 @@ struct NormShape {
   int64_t cols;
   DType input;     // input, normed and their gradients
   DType residual;  // residual, summed and their gradients
+  bool is_rms;     // RMS norm: no mean, no bias and no gradient of it
 };
 
 struct Kernels {
@@ -65,7 +66,7 @@ struct Kernels {
   void (*add_layer_norm_fwd)(int threads, NormShape, const void* input, const void* residual,
                              const float* weight, const float* bias, float eps, void* normed,
                              void* summed, float* mean, float* rstd, Dropout);
-  // grad_summed may be null.
+  // grad_summed may be null; so may grad_input, where it is grad_residual (same dtype, no dropout).
   void (*add_layer_norm_bwd)(int threads, NormShape, const void* grad_normed,
                              const void* grad_summed, const void* input, const void* residual,
                              const float* weight, const float* mean, const float* rstd,

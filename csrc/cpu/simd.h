@@ -141,6 +141,22 @@ UML_INLINE void store_n(T* p, Vec v, int64_t n) {
   }
 }
 
+// Stores whole vectors past the caches, where the instruction set can: p is aligned to what is
+// stored, and stream_fence() comes before another thread is told of the data.
+#if defined(__AVX512F__)
+UML_INLINE void stream(float* p, Vec v) { _mm512_stream_ps(p, (__m512)v); }
+UML_INLINE void stream(bf16* p, Vec v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)to_bf16(v));
+}
+UML_INLINE void stream_fence() { _mm_sfence(); }
+#else
+template <class T>
+UML_INLINE void stream(T* p, Vec v) {
+  store(p, v);
+}
+UML_INLINE void stream_fence() {}
+#endif
+
 UML_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
 UML_INLINE float sum(Vec v) {

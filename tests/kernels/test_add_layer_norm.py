@@ -49,6 +49,40 @@ def test_without_the_sum_is_the_same_norm(rng_key: Tensor) -> None:
     assert_equal(got, want)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP32)], ids=str)
+def test_one_gradient_for_both_inputs(dtypes: tuple, compiled: bool) -> None:
+    """Without dropout and in one dtype it is written once; added up it is still right."""
+    op = torch.compile(native, fullgraph=True, backend="aot_eager") if compiled else native
+    x = torch.randn(9, 40).to(dtypes[0]).requires_grad_()
+    inputs = arguments(9, 40, *dtypes) | {"input": x}
+    inputs["residual"].requires_grad_()
+    a, b = torch.autograd.grad(op(**inputs)[0].sum(), (x, inputs["residual"]))
+    assert (a.data_ptr() == b.data_ptr()) == (dtypes == (FP32, FP32))
+    normed, _ = op(**inputs | {"residual": x.to(dtypes[1])})
+    (both,) = torch.autograd.grad(normed.sum(), x)
+    normed, _ = add_layer_norm_reference(**inputs | {"residual": x.to(dtypes[1])})
+    (expected,) = torch.autograd.grad(normed.sum(), x)
+    torch.testing.assert_close(both, expected)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_outputs_past_the_caches(rng_key: Tensor, dtype: torch.dtype) -> None:
+    """Outputs of 32 MB and more are stored with other instructions: the same bits."""
+    rows = 32 * 2**20 // (2 * 512 * dtype.itemsize)
+    few, many = arguments(8, 512, dtype, dtype), arguments(rows, 512, dtype, dtype)
+    options = {"weight": few["weight"], "bias": few["bias"], "dropout_p": 0.1, "rng_key": rng_key}
+    for name in ("input", "residual"):
+        many[name][:8] = few[name]
+    got, want = (forward_backward(native, inputs | options) for inputs in (many, few))
+    for i in (0, 1):
+        assert torch.equal(got[i][1][:8], want[i][1])
+    plain = dict(forward_backward(add_layer_norm_reference, many | options))
+    for name in ("gradient of input", "gradient of residual"):
+        torch.testing.assert_close(dict(got)[name], plain[name], rtol=2e-2, atol=1e-2)
+
+
 @pytest.mark.native
 def test_gradient_of_the_sum_alone() -> None:
     inputs = arguments(9, 40, FP32, FP32)

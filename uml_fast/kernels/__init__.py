@@ -3,12 +3,13 @@
 from importlib import import_module
 
 from uml_fast.kernels.add_layer_norm import add_layer_norm
+from uml_fast.kernels.add_rms_norm import add_rms_norm
 from uml_fast.kernels.dropout import dropout
 from uml_fast.kernels.feed_forward import feed_forward
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.kernels.segment_mean import segment_mean
 
-OPS = ("add_layer_norm",)
+OPS = ("add_layer_norm", "add_rms_norm", "dropout")
 """Modules of the ops, each with a ``SPEC``."""
 
 SPECS = tuple(import_module(f"uml_fast.kernels.{op}").SPEC for op in OPS)
@@ -17,6 +18,7 @@ __all__ = [
     "OPS",
     "SPECS",
     "add_layer_norm",
+    "add_rms_norm",
     "dropout",
     "feed_forward",
     "packed_segment_attention",
