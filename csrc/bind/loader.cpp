@@ -28,8 +28,8 @@ using StreamArgs = std::tuple<uint64_t, Offsets, double>;
 using RegionArgs = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 // (regions, order, pace)
 using LayoutArgs = std::tuple<std::vector<RegionArgs>, std::vector<int>, double>;
-// (rows as bytes, labels)
-using SourceArgs = std::tuple<Rows, Labels>;
+// (rows as bytes, none where producers write them; bytes of a row; labels)
+using SourceArgs = std::tuple<Rows, size_t, Labels>;
 
 uml::Policy policy_of(const std::string& name) {
   if (name == "joint") return uml::Policy::kJoint;
@@ -114,6 +114,22 @@ struct BoundLoader {
     return py::array(py::dtype::of<uint8_t>(), {block.bytes}, {size_t{1}}, block.host, base);
   }
 
+  // A job as (slot, region, generation, samples, its rows' bytes), or None.
+  py::object take(int stream, double wait_s) {
+    std::optional<uml::Job> job;
+    {
+      py::gil_scoped_release nogil;
+      job = loader.take(stream, wait_s);
+    }
+    if (!job) return py::none();
+    using Owner = std::shared_ptr<uml::SlotMemory>;
+    auto owner = std::make_unique<Owner>(loader.memory());
+    py::capsule base(owner.release(), [](void* p) { delete static_cast<Owner*>(p); });
+    const size_t bytes = loader.map(loader.layout(job->slot)).raw[job->region].bytes;
+    py::array rows(py::dtype::of<uint8_t>(), {bytes}, {size_t{1}}, job->rows, base);
+    return py::make_tuple(job->slot, job->region, job->generation, to_array(job->samples), rows);
+  }
+
   // (offset, bytes) of each array of a layout: raw rows per region, then the arrays that describe
   // them.
   std::vector<std::pair<size_t, size_t>> fields(int layout) {
@@ -135,15 +151,15 @@ std::vector<uml::SourceSpec> source_specs(const std::vector<StreamArgs>& streams
   }
   std::vector<uml::SourceSpec> specs;
   for (size_t i = 0; i < sources.size(); ++i) {
-    const auto& [rows, labels] = sources[i];
+    const auto& [rows, row_bytes, labels] = sources[i];
     const Offsets& offsets = std::get<1>(streams[i]);
     const auto total = static_cast<size_t>(offsets.at(offsets.size() - 1));
     const auto bytes = static_cast<size_t>(rows.size());
-    if (total == 0 || bytes % total != 0) {
+    if (row_bytes == 0 || (bytes != 0 && bytes != total * row_bytes)) {
       throw std::invalid_argument("a source's bytes are not a whole number of rows");
     }
-    specs.push_back({reinterpret_cast<const std::byte*>(rows.data()),
-                     bytes / total,
+    specs.push_back({bytes ? reinterpret_cast<const std::byte*>(rows.data()) : nullptr,
+                     row_bytes,
                      {offsets.data(), static_cast<size_t>(offsets.size())},
                      {labels.data(), static_cast<size_t>(labels.size())}});
   }
@@ -223,6 +239,18 @@ void bind_loader(py::module_& m) {
              const std::span<const int64_t> state = self.loader.state(slot);
              std::copy_n(state.begin(), std::min(state.size(), span_of(out).size()),
                          out.mutable_data());
+           })
+      .def("take", &BoundLoader::take, py::arg("stream"), py::arg("wait_s"))
+      .def("finish",
+           [](BoundLoader& self, int slot, int region, uint64_t generation,
+              const std::vector<int64_t>& rejected) {
+             py::gil_scoped_release nogil;
+             self.loader.finish({slot, region, generation, {}, nullptr}, rejected);
+           })
+      .def("fail",
+           [](BoundLoader& self, const std::string& what) {
+             py::gil_scoped_release nogil;
+             self.loader.fail(what);
            })
       .def("ready", [](BoundLoader& self) { return self.loader.ready(); })
       .def("stage", [](BoundLoader& self) { return self.loader.stage(); })

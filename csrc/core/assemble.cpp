@@ -66,8 +66,10 @@ void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const Sour
     for (const int64_t i : plan.samples[m]) {
       const int64_t rows = source.offsets[i + 1] - source.offsets[i];
       const size_t bytes = static_cast<size_t>(rows) * source.row_bytes;
-      std::memcpy(raw, source.rows + static_cast<size_t>(source.offsets[i]) * source.row_bytes,
-                  bytes);
+      if (source.rows) {
+        std::memcpy(raw, source.rows + static_cast<size_t>(source.offsets[i]) * source.row_bytes,
+                    bytes);
+      }
       raw += bytes;
       add_segment(rows, static_cast<int32_t>(m), source.labels[i], i);
     }
@@ -76,6 +78,26 @@ void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const Sour
     while (s < end_slot) add_segment(0, kPadding, -1, -1);
   }
   offsets[s] = static_cast<int32_t>(row);
+}
+
+void reject(const LayoutRule& layout, const SlotMap& map, std::span<const SourceSpec> sources,
+            const PackPlan& plan, int region, int64_t at, std::byte* slot) {
+  const RegionRule& r = layout.regions[region];
+  const SourceSpec& source = sources[r.stream];
+  int64_t s = at;
+  for (int m = 0; m < region; ++m) s += layout.regions[m].slots;
+  int64_t first = 0;
+  for (int64_t i = 0; i < at; ++i) {
+    const int64_t sample = plan.samples[region][i];
+    first += source.offsets[sample + 1] - source.offsets[sample];
+  }
+  const int64_t sample = plan.samples[region][at];
+  const int64_t rows = source.offsets[sample + 1] - source.offsets[sample];
+  std::memset(slot + map.raw[region].offset + static_cast<size_t>(first) * source.row_bytes, 0,
+              static_cast<size_t>(rows) * source.row_bytes);
+  reinterpret_cast<int32_t*>(slot + map.modality.offset)[s] = kPadding;
+  reinterpret_cast<int32_t*>(slot + map.label.offset)[s] = -1;
+  reinterpret_cast<int64_t*>(slot + map.sample.offset)[s] = -1;
 }
 
 }  // namespace uml

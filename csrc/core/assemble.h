@@ -13,7 +13,7 @@ namespace uml {
 
 // All samples of one modality; the memory must outlive whoever holds this.
 struct SourceSpec {
-  const std::byte* rows = nullptr;  // offsets.back() rows of row_bytes each
+  const std::byte* rows = nullptr;  // offsets.back() rows of row_bytes each; null: produced later
   size_t row_bytes = 0;
   std::span<const int64_t> offsets;  // n + 1
   std::span<const int32_t> labels;   // n
@@ -34,8 +34,13 @@ struct SlotMap {
 
 SlotMap make_slot_map(const LayoutRule& layout, std::span<const SourceSpec> sources);
 
-// Writes the pack of `plan` to `slot`, every byte of every field. Allocates nothing.
+// Writes the pack of `plan` to `slot`, every byte of every field but the rows of samples of sources
+// that are produced. Allocates nothing.
 void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const SourceSpec> sources,
               const PackPlan& plan, std::byte* slot);
+
+// Turns the sample at place `at` of region `region` into padding: zero rows, no label, no sample.
+void reject(const LayoutRule& layout, const SlotMap& map, std::span<const SourceSpec> sources,
+            const PackPlan& plan, int region, int64_t at, std::byte* slot);
 
 }  // namespace uml

@@ -57,6 +57,7 @@ Loader::Loader(PlannerSpec spec, std::vector<SourceSpec> sources, std::shared_pt
     slot.state.resize(planner_.state_size());
     for (const LayoutRule& layout : rules.layouts) {
       slot.plan.samples.resize(std::max(slot.plan.samples.size(), layout.regions.size()));
+      slot.work.resize(slot.plan.samples.size(), Work::kNone);
       for (size_t m = 0; m < layout.regions.size(); ++m) {
         slot.plan.samples[m].reserve(static_cast<size_t>(layout.regions[m].slots));
       }
@@ -90,8 +91,13 @@ void Loader::close() {
 
 void Loader::load(std::span<const int64_t> state) {
   stop();
-  std::lock_guard lock(mutex_);
-  for (Slot& slot : slots_) slot.phase = Phase::kFree;
+  std::unique_lock lock(mutex_);
+  ++generation_;
+  changed_.wait(lock, [this] { return taken_ == 0; });
+  for (Slot& slot : slots_) {
+    slot.phase = Phase::kFree;
+    std::fill(slot.work.begin(), slot.work.end(), Work::kNone);
+  }
   claimed_ = acquired_ = 0;
   is_stopping_ = is_planning_ = false;
   error_ = nullptr;
@@ -119,7 +125,28 @@ void Loader::make_pack(int index) {
   if (block.host == block.device) device.synchronize(memory_->released(index));
   enter(index, Phase::kAssemble);
   const SlotMap& map = maps_[slot.plan.layout];
-  assemble(planner_.spec().layouts[slot.plan.layout], map, sources_, slot.plan, block.host);
+  const LayoutRule& layout = planner_.spec().layouts[slot.plan.layout];
+  assemble(layout, map, sources_, slot.plan, block.host);
+  {
+    std::lock_guard lock(mutex_);
+    bool is_whole = true;
+    for (size_t m = 0; m < layout.regions.size(); ++m) {
+      if (sources_[layout.regions[m].stream].rows || slot.plan.samples[m].empty()) continue;
+      slot.work[m] = Work::kWaiting;
+      is_whole = false;
+    }
+    if (!is_whole) {
+      slot.phase = Phase::kProduce;
+      return;
+    }
+  }
+  send(index);
+}
+
+void Loader::send(int index) {
+  Device& device = memory_->device();
+  const Block& block = memory_->block(index);
+  const SlotMap& map = maps_[slots_[index].plan.layout];
   enter(index, Phase::kUpload);
   device.wait(memory_->released(index), device.copy_stream());
   device.upload(block, map.bytes);
@@ -150,11 +177,84 @@ void Loader::work() {
       changed_.notify_all();
     }
   } catch (...) {
-    std::lock_guard lock(mutex_);
-    error_ = std::current_exception();
-    is_stopping_ = true;
-    changed_.notify_all();
+    set_error(std::current_exception());
   }
+}
+
+void Loader::set_error(std::exception_ptr error) {
+  {
+    std::lock_guard lock(mutex_);
+    if (!error_) error_ = std::move(error);
+    is_stopping_ = true;
+  }
+  changed_.notify_all();
+}
+
+void Loader::fail(const std::string& what) {
+  set_error(std::make_exception_ptr(std::runtime_error(what)));
+}
+
+std::optional<Job> Loader::take(int stream, double wait_s) {
+  std::unique_lock lock(mutex_);
+  Job job;
+  const auto find = [&] {
+    for (uint64_t i = acquired_; i < claimed_ && !is_stopping_; ++i) {
+      job.slot = static_cast<int>(i % slots_.size());
+      const Slot& slot = slots_[job.slot];
+      if (slot.phase != Phase::kProduce) continue;
+      const auto& regions = planner_.spec().layouts[slot.plan.layout].regions;
+      for (size_t m = 0; m < regions.size(); ++m) {
+        if (regions[m].stream != stream || slot.work[m] != Work::kWaiting) continue;
+        job.region = static_cast<int>(m);
+        return true;
+      }
+    }
+    return false;
+  };
+  bool is_found = false;
+  changed_.wait_for(lock, std::chrono::duration<double>(wait_s), [&] {
+    is_found = find();
+    return is_found || is_closed_ || error_;
+  });
+  if (!is_found) return std::nullopt;
+  Slot& slot = slots_[job.slot];
+  slot.work[job.region] = Work::kTaken;
+  ++taken_;
+  job.generation = generation_;
+  job.samples = slot.plan.samples[job.region];
+  job.rows = memory_->block(job.slot).host + maps_[slot.plan.layout].raw[job.region].offset;
+  return job;
+}
+
+void Loader::finish(const Job& job, std::span<const int64_t> rejected) {
+  Slot& slot = slots_[job.slot];
+  bool is_whole = false;
+  {
+    std::lock_guard lock(mutex_);
+    if (job.generation == generation_ && !is_stopping_) {
+      const LayoutRule& layout = planner_.spec().layouts[slot.plan.layout];
+      for (const int64_t at : rejected) {
+        reject(layout, maps_[slot.plan.layout], sources_, slot.plan, job.region, at,
+               memory_->block(job.slot).host);
+      }
+      slot.work[job.region] = Work::kNone;
+      is_whole = std::all_of(slot.work.begin(), slot.work.end(),
+                             [](Work work) { return work == Work::kNone; });
+      if (is_whole) slot.phase = Phase::kUpload;
+    }
+  }
+  if (is_whole) {
+    try {
+      send(job.slot);
+    } catch (...) {
+      set_error(std::current_exception());
+    }
+  }
+  {
+    std::lock_guard lock(mutex_);
+    --taken_;
+  }
+  changed_.notify_all();
 }
 
 std::optional<int> Loader::acquire(double wait_s, Stream stream) {
@@ -209,6 +309,16 @@ std::string Loader::stage() const {
       return "wait for the device to free the slot" + where;
     case Phase::kAssemble:
       return "assemble" + where;
+    case Phase::kProduce: {
+      const auto& regions = planner_.spec().layouts[slots_[slot].plan.layout].regions;
+      for (size_t m = 0; m < regions.size(); ++m) {
+        const Work work = slots_[slot].work[m];
+        if (work == Work::kNone) continue;
+        return (work == Work::kTaken ? "decode stream " : "wait for a producer of stream ") +
+               std::to_string(regions[m].stream) + where;
+      }
+      return "decode" + where;
+    }
     case Phase::kUpload:
       return "upload" + where;
     case Phase::kReady:

@@ -40,8 +40,17 @@ class SlotMemory {
   std::vector<Event> released_;  // the consumer's work on the slot is done
 };
 
-// One consumer thread; the order of packs depends on the planner alone, never on the workers'
-// timing. Threads start with the first acquire and end with close.
+// Rows that a producer writes: the samples of one region of one pack, one after the other.
+struct Job {
+  int slot = 0;
+  int region = 0;
+  uint64_t generation = 0;           // of load; jobs of an earlier one come to nothing
+  std::span<const int64_t> samples;  // indices in the source, in packed order
+  std::byte* rows = nullptr;
+};
+
+// One consumer thread; the order of packs depends on the planner alone, never on the workers' or
+// producers' timing. Threads start with the first acquire and end with close.
 class Loader {
  public:
   // Throws std::invalid_argument for sources that do not match the planner's streams.
@@ -60,7 +69,16 @@ class Loader {
   // Stops and joins the threads. Any number of times, from any state.
   void close();
 
-  // Drops what was made ahead, frees all slots and continues from a planner state.
+  // For the producers of a source without rows, any number of threads: the oldest job of a stream
+  // that nobody has taken, or nothing after `wait_s` seconds or once closed.
+  std::optional<Job> take(int stream, double wait_s);
+  // The rows of a job are written; `rejected` are places in its samples that become padding.
+  void finish(const Job& job, std::span<const int64_t> rejected);
+  // Stops the loader: acquire throws std::runtime_error(what).
+  void fail(const std::string& what);
+
+  // Drops what was made ahead, waits for the jobs that are taken, frees all slots and continues
+  // from a planner state.
   void load(std::span<const int64_t> state);
 
   // The planner's state; only before the first acquire, later states belong to slots.
@@ -81,9 +99,11 @@ class Loader {
   size_t state_size() const { return planner_.state_size(); }
 
  private:
-  enum class Phase { kFree, kPlan, kDrain, kAssemble, kUpload, kReady, kHeld };
+  enum class Phase { kFree, kPlan, kDrain, kAssemble, kProduce, kUpload, kReady, kHeld };
+  enum class Work { kNone, kWaiting, kTaken };
   struct Slot {
     Phase phase = Phase::kFree;
+    std::vector<Work> work;  // per region, what producers have to do
     PackPlan plan;
     std::vector<int64_t> state;
   };
@@ -92,6 +112,8 @@ class Loader {
   void stop();
   void work();
   void make_pack(int slot);
+  void send(int slot);
+  void set_error(std::exception_ptr error);
   void enter(int slot, Phase phase);
 
   Planner planner_;
@@ -106,6 +128,8 @@ class Loader {
   std::vector<std::thread> workers_;
   uint64_t claimed_ = 0;   // packs the workers have begun; pack i lies in slot i % slots
   uint64_t acquired_ = 0;  // packs the consumer got
+  uint64_t generation_ = 0;
+  int taken_ = 0;  // jobs in the hands of producers
   bool is_planning_ = false;
   bool is_stopping_ = false;
   bool is_closed_ = false;

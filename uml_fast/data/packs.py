@@ -151,7 +151,7 @@ class NativePacks:
         index = torch.cuda.current_device() if cuda and device.index is None else device.index
         self._loader = extension.Loader(
             **args,
-            sources=[(s.rows.view(np.uint8).reshape(-1), s.labels) for s in sources],
+            sources=[(s.rows.view(np.uint8).reshape(-1), s.rows[0].nbytes, s.labels) for s in sources],
             device=extension.HostDevice() if cuda is None else cuda.CudaDevice(index),
             slots=slots,
             threads=threads,
