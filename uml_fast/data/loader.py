@@ -17,7 +17,7 @@ import torch
 from uml_fast import native
 from uml_fast.config import MixConfig, require
 from uml_fast.data.packs import NativePacks, Packs, ReferencePacks, assemble, planner_args
-from uml_fast.data.source import Source
+from uml_fast.data.source import Samples
 from uml_fast.layout import Stream, make_layouts, make_rules
 from uml_fast.pack import Layout, PackedBatch
 from uml_fast.schedule import (
@@ -32,7 +32,7 @@ from uml_fast.schedule import (
 
 
 def streams_of(
-    sources: Sequence[Source], shares: Mapping[str, float] | None = None, target: str | None = None
+    sources: Sequence[Samples], shares: Mapping[str, float] | None = None, target: str | None = None
 ) -> tuple[Stream, ...]:
     """What the planner knows of the sources; shares not given are 1, the target is the first."""
     target = sources[0].name if target is None else target
@@ -42,15 +42,15 @@ def streams_of(
             lengths=s.lengths,
             share=1.0 if shares is None else shares.get(s.name, 1.0),
             is_target=s.name == target,
-            row_elems=s.rows.shape[1],
-            dtype=s.rows.dtype.name,
+            row_elems=s.row_elems,
+            dtype=s.row_dtype,
         )
         for s in sources
     )
 
 
 def layouts_of(
-    sources: Sequence[Source],
+    sources: Sequence[Samples],
     mix: MixConfig,
     shares: Mapping[str, float] | None = None,
     target: str | None = None,
@@ -60,7 +60,7 @@ def layouts_of(
 
 
 def iterate_once(
-    source: Source, layout: Layout, device: str | torch.device = "cpu"
+    source: Samples, layout: Layout, device: str | torch.device = "cpu"
 ) -> Iterator[PackedBatch]:
     """Every sample of ``source`` once and in order, in its region of ``layout``; for evaluation.
 
@@ -101,7 +101,7 @@ class Loader:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[Samples],
         layouts: Sequence[Layout],
         mix: MixConfig,
         seed: int,

@@ -6,6 +6,7 @@ its slot, made once per slot and layout.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from uml_fast import native
-from uml_fast.data.source import Source
+from uml_fast.data.produce import Producers
+from uml_fast.data.source import Samples, Source
 from uml_fast.layout import Rules, Stream
-from uml_fast.pack import Layout, PackedBatch, pack_samples
+from uml_fast.pack import PADDING, Layout, PackedBatch, pack_samples
 from uml_fast.schedule import STATE_HEADER, STREAM_STATE, Planner, stream_key
 
 _POLL_S = 0.2
@@ -54,20 +56,38 @@ def planner_args(
 
 
 def assemble(
-    layout: Layout, sources: Mapping[str, Source], samples: Sequence[np.ndarray]
+    layout: Layout, sources: Mapping[str, Samples], samples: Sequence[np.ndarray]
 ) -> PackedBatch:
-    """The pack of the given samples (per region int64 indices), in newly allocated memory."""
+    """The pack of the given samples (per region int64 indices), in newly allocated memory.
+
+    Samples that cannot be read become padding.
+    """
     names = [r.name for r in layout.regions]
     chosen = dict(zip(names, samples, strict=True))
+    read = {name: _read(sources[name], index) for name, index in chosen.items()}
     batch = pack_samples(
         layout,
-        {name: [sources[name].sample(i) for i in index] for name, index in chosen.items()},
+        {name: rows for name, (rows, _) in read.items()},
         {name: sources[name].labels[index].tolist() for name, index in chosen.items()},
     )
-    for m, index in enumerate(samples):
+    for m, (name, index) in enumerate(chosen.items()):
         first = layout.slot_slice(m).start
         batch.sample_S[first : first + len(index)] = torch.from_numpy(index)
+        for at in read[name][1]:
+            batch.sample_S[first + at] = batch.label_S[first + at] = -1
+            batch.modality_S[first + at] = PADDING
     return batch
+
+
+def _read(source: Samples, index: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+    """Rows of each sample, zeros where it cannot be read, and the places of those."""
+    lengths = source.lengths_of(index)
+    rows = np.zeros((int(lengths.sum()), source.row_elems), source.row_dtype)
+    rejected = source.read(index, rows)
+    parts = np.split(rows, np.cumsum(lengths)[:-1]) if len(index) else []
+    for at in rejected:
+        parts[at][:] = 0
+    return parts, rejected
 
 
 class Packs(Protocol):
@@ -89,7 +109,7 @@ class ReferencePacks:
     def __init__(
         self,
         planner: Planner,
-        sources: Sequence[Source],
+        sources: Sequence[Samples],
         layouts: Sequence[Layout],
         device: torch.device,
     ):
@@ -138,7 +158,7 @@ class NativePacks:
         self,
         extension: ModuleType,
         args: dict[str, Any],
-        sources: Sequence[Source],
+        sources: Sequence[Samples],
         layouts: Sequence[Layout],
         device: torch.device,
         slots: int,
@@ -146,16 +166,19 @@ class NativePacks:
         timeout_s: float,
     ) -> None:
         self._layouts, self._device, self._timeout_s = layouts, device, timeout_s
+        self._names = [s.name for s in sources]
         cuda = native.cuda_module() if device.type == "cuda" else None
         self._is_direct = cuda is not None or device.type == "cpu"
         index = torch.cuda.current_device() if cuda and device.index is None else device.index
         self._loader = extension.Loader(
             **args,
-            sources=[(s.rows.view(np.uint8).reshape(-1), s.rows[0].nbytes, s.labels) for s in sources],
+            sources=[_source_args(s) for s in sources],
             device=extension.HostDevice() if cuda is None else cuda.CudaDevice(index),
             slots=slots,
             threads=threads,
         )
+        is_read = any(not isinstance(s, Source) for s in sources)
+        self._producers = Producers(self._loader, sources, threads) if is_read else None
         self._on_cuda = cuda is not None
         self._batches: dict[tuple[int, int], PackedBatch] = {}
         self._held: int | None = None
@@ -164,13 +187,7 @@ class NativePacks:
 
     def next(self) -> tuple[PackedBatch, int]:
         self.release()
-        deadline = time.monotonic() + self._timeout_s
-        while (slot := self._loader.acquire(_POLL_S, self._stream())) is None:
-            if time.monotonic() > deadline:
-                stage = self._loader.stage()
-                raise TimeoutError(
-                    f"no pack for {self._timeout_s:g} s; the loader hangs in: {stage}"
-                )
+        slot = self._acquire()
         self._held = slot
         self._loader.copy_state(slot, self.state)
         layout = self._loader.layout(slot)
@@ -178,6 +195,23 @@ class NativePacks:
         if batch is None:
             batch = self._batches[slot, layout] = self._view(slot, layout)
         return batch if self._is_direct else batch.to(self._device, non_blocking=False), layout
+
+    def _acquire(self) -> int:
+        deadline = time.monotonic() + self._timeout_s
+        try:
+            while (slot := self._loader.acquire(_POLL_S, self._stream())) is None:
+                if time.monotonic() > deadline:
+                    stage = re.sub(
+                        r"stream (\d+)", lambda m: self._names[int(m[1])], self._loader.stage()
+                    )
+                    raise TimeoutError(
+                        f"no pack for {self._timeout_s:g} s; the loader hangs in: {stage}"
+                    )
+        except RuntimeError:
+            if self._producers and self._producers.error:
+                raise self._producers.error from None
+            raise
+        return int(slot)
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._on_cuda else 0
@@ -223,3 +257,14 @@ class NativePacks:
 
     def close(self) -> None:
         self._loader.close()
+        if self._producers:
+            self._producers.close()
+
+
+def _source_args(source: Samples) -> tuple[np.ndarray, int, np.ndarray]:
+    """Rows as bytes (none where producers write them), bytes of a row, and labels."""
+    row_bytes = source.row_elems * np.dtype(source.row_dtype).itemsize
+    rows = np.empty(0, np.uint8)
+    if isinstance(source, Source):
+        rows = source.rows.view(np.uint8).reshape(-1)
+    return rows, row_bytes, source.labels

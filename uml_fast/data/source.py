@@ -1,4 +1,4 @@
-"""A source: all samples of one modality as ragged rows in memory.
+"""Sources: the samples of one modality as ragged rows, in memory or read when they are needed.
 
 Legend: n samples, R rows in total, E elements of a row.
 """
@@ -7,12 +7,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 
 class DataError(ValueError):
     """Samples that cannot be used; the message names the source, the sample and what is wrong."""
+
+
+class Samples(Protocol):
+    """What the loader needs of a source. Lengths and labels are known; rows may be anywhere."""
+
+    @property
+    def name(self) -> str:
+        """Modality."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """int64 (n + 1,) first row of each sample, then R."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 (n,) class of each sample, -1 where there is none."""
+
+    @property
+    def row_elems(self) -> int:
+        """E."""
+
+    @property
+    def row_dtype(self) -> str:
+        """numpy name of the elements."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (n,) rows of each sample."""
+
+    def lengths_of(self, samples: np.ndarray) -> np.ndarray:
+        """int64 rows of some samples."""
+        return self.offsets[samples + 1] - self.offsets[samples]
+
+    def __len__(self) -> int: ...
+
+    def key(self, i: int) -> str:
+        """Name of sample ``i`` for messages."""
+
+    def read(self, samples: Sequence[int] | np.ndarray, out: np.ndarray) -> list[int]:
+        """Write the rows of some samples, one after the other, to the start of ``out`` (rows, E).
+
+        Returns the places in ``samples`` that could not be read; their rows are undefined. Called
+        from several threads at a time.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +126,29 @@ class Source:
     def lengths(self) -> np.ndarray:
         """int64 (n,) rows of each sample."""
         return np.diff(self.offsets)
+
+    def lengths_of(self, samples: np.ndarray) -> np.ndarray:
+        """int64 rows of some samples."""
+        return self.offsets[samples + 1] - self.offsets[samples]
+
+    @property
+    def row_elems(self) -> int:
+        """E."""
+        return int(self.rows.shape[1])
+
+    @property
+    def row_dtype(self) -> str:
+        """numpy name of the elements."""
+        return self.rows.dtype.name
+
+    def read(self, samples: Sequence[int] | np.ndarray, out: np.ndarray) -> list[int]:
+        """Copy the rows of some samples to the start of ``out``; none is ever rejected."""
+        at = 0
+        for i in samples:
+            rows = self.sample(int(i))
+            out[at : at + len(rows)] = rows
+            at += len(rows)
+        return []
 
     def key(self, i: int) -> str:
         """Name of sample ``i``."""
