@@ -32,7 +32,7 @@ constexpr Blocking kBackward = {kRegisterColumns, kRegisterColumns, 1 << 15};
 template <>
 constexpr Blocking kForward<Pairs> = {2, 8, 1 << 13};
 template <>
-constexpr Blocking kBackward<Pairs> = {2, 8, 1 << 14};
+constexpr Blocking kBackward<Pairs> = {2, 8, 1 << 15};
 #endif
 
 // One (segment, head) and the blocks of its queries.

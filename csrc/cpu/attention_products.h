@@ -78,20 +78,15 @@ UML_INLINE void tile(Operand a, const float* b, int64_t b_panel, float* c, int64
   }
 }
 
-// All m rows of kCols panels, in tiles of kRows rows, then of half as many, and so on.
+// All m rows of kCols panels: tiles of kRows rows, then one of what is left.
 template <class Op, int kRows, int kCols, bool kAdd>
 void column(int64_t m, Operand a, const float* b, int64_t b_panel, float* c, int64_t c_panel,
             int64_t k) {
-  int64_t i = 0;
-  for (; i + kRows <= m; i += kRows) {
-    tile<Op, kRows, kCols, kAdd>({a.data + i * a.row, a.row, a.col, a.panel}, b, b_panel,
-                                 c + i * kWidth, c_panel, k);
+  for (; m >= kRows; m -= kRows, a.data += kRows * a.row, c += kRows * kWidth) {
+    tile<Op, kRows, kCols, kAdd>(a, b, b_panel, c, c_panel, k);
   }
   if constexpr (kRows > 1) {
-    if (i < m) {
-      column<Op, kRows / 2, kCols, kAdd>(m - i, {a.data + i * a.row, a.row, a.col, a.panel}, b,
-                                         b_panel, c + i * kWidth, c_panel, k);
-    }
+    if (m > 0) column<Op, kRows - 1, kCols, kAdd>(m, a, b, b_panel, c, c_panel, k);
   }
 }
 
