@@ -9,7 +9,7 @@ from uml_fast.kernels.feed_forward import feed_forward
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.kernels.segment_mean import segment_mean
 
-OPS = ("add_layer_norm", "add_rms_norm", "dropout")
+OPS = ("add_layer_norm", "add_rms_norm", "dropout", "segment_mean")
 """Modules of the ops, each with a ``SPEC``."""
 
 SPECS = tuple(import_module(f"uml_fast.kernels.{op}").SPEC for op in OPS)

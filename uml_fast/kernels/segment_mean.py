@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.backend import Backend, has_kernel
-from uml_fast.kernels.checks import check_contiguous, check_floating, check_offsets
-from uml_fast.kernels.native.library import CODES, library
+from uml_fast.kernels.backend import Backend, Choice, choose, implementation
+from uml_fast.kernels.checks import check_contiguous, check_floating, check_offsets, check_same
+from uml_fast.kernels.op import differentiable
+from uml_fast.kernels.spec import KernelSpec, Shape
 
 NAME = "segment_mean"
 
@@ -31,34 +32,28 @@ def segment_mean_reference(input: Tensor, offsets: Tensor) -> Tensor:
     return (total / length.clamp(min=1).unsqueeze(1)).to(input.dtype)
 
 
-def segment_mean_fwd(input: Tensor, offsets: Tensor) -> Tensor:
-    """Native means (S, K)."""
-    segments = len(offsets) - 1
-    out = input.new_empty(segments, input.shape[1])
-    library().segment_mean_fwd(
-        torch.get_num_threads(), CODES[input.dtype], input.data_ptr(), offsets.data_ptr(), segments,
-        input.shape[1], out.data_ptr(),
-    )  # fmt: skip
+def _fwd(choice: Choice, input: Tensor, offsets: Tensor) -> Tensor:
+    """Means (S, K)."""
+    if choice == "reference":
+        return segment_mean_reference(input, offsets)
+    out: Tensor = implementation(NAME, choice).fwd(input, offsets)
     return out
 
 
-def segment_mean_bwd(grad_out: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    """Native gradient of the input (T, K)."""
-    segments, cols = grad_out.shape
-    grad = grad_out.new_empty(rows, cols)
-    library().segment_mean_bwd(
-        torch.get_num_threads(), CODES[grad.dtype], grad_out.data_ptr(), offsets.data_ptr(),
-        segments, cols, grad.data_ptr(),
-    )  # fmt: skip
-    return grad
+def _bwd(choice: Choice, grad_out: Tensor, offsets: Tensor, rows: int) -> Tensor:
+    """Gradient of the input (T, K)."""
+    if choice != "reference":
+        grad: Tensor = implementation(NAME, choice).bwd(grad_out.contiguous(), offsets, rows)
+        return grad
+    length = (offsets[1:] - offsets[:-1]).long()
+    each = grad_out / length.clamp(min=1).unsqueeze(1)
+    return each.repeat_interleave(length, 0, output_size=rows)
 
 
 @torch.library.custom_op("uml_fast::segment_mean_fwd", mutates_args=())
 def _fwd_op(input: Tensor, offsets: Tensor) -> Tensor:
     check_offsets(NAME, offsets, len(input))
-    if has_kernel(NAME, "auto", input):
-        return segment_mean_fwd(input, offsets)
-    return segment_mean_reference(input, offsets)
+    return _fwd(choose(NAME, "auto", input), input, offsets)
 
 
 @_fwd_op.register_fake
@@ -68,11 +63,7 @@ def _(input, offsets):
 
 @torch.library.custom_op("uml_fast::segment_mean_bwd", mutates_args=())
 def _bwd_op(grad_out: Tensor, offsets: Tensor, rows: int) -> Tensor:
-    if has_kernel(NAME, "auto", grad_out):
-        return segment_mean_bwd(grad_out.contiguous(), offsets, rows)
-    length = (offsets[1:] - offsets[:-1]).long()
-    each = grad_out / length.clamp(min=1).unsqueeze(1)
-    return each.repeat_interleave(length, 0, output_size=rows)
+    return _bwd(choose(NAME, "auto", grad_out), grad_out, offsets, rows)
 
 
 @_bwd_op.register_fake
@@ -87,25 +78,11 @@ def _setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
-    return _bwd_op(grad_out, ctx.saved_tensors[0], ctx.rows), None
+    arguments: tuple[Any, ...] = (grad_out, ctx.saved_tensors[0], ctx.rows)
+    return _bwd(ctx.choice, *arguments) if ctx.choice else _bwd_op(*arguments), None
 
 
-_fwd_op.register_autograd(_backward, setup_context=_setup)
-
-
-class _SegmentMean(torch.autograd.Function):
-    """The native kernels for eager mode, without the cost of the operator boundary."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, offsets: Tensor) -> Tensor:
-        ctx.save_for_backward(offsets)
-        ctx.rows = input.shape[0]
-        return segment_mean_fwd(input, offsets)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None]:
-        return segment_mean_bwd(grad_out.contiguous(), ctx.saved_tensors[0], ctx.rows), None
+_apply = differentiable("SegmentMean", _fwd, _fwd_op, _setup, _backward)
 
 
 def segment_mean(input: Tensor, offsets: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -126,11 +103,59 @@ def segment_mean(input: Tensor, offsets: Tensor, *, backend: Backend = "auto") -
     if input.ndim != 2:
         raise ValueError(f"{NAME}: input is {list(input.shape)}; it must be [rows, columns]")
     check_contiguous(NAME, input=input)
+    check_same(NAME, "device", input=input, offsets=offsets)
     check_offsets(NAME, offsets, len(input))
     if torch.compiler.is_compiling():
         out: Tensor = _fwd_op(input, offsets)
-    elif has_kernel(NAME, backend, input):
-        out = _SegmentMean.apply(input, offsets)
+    elif (choice := choose(NAME, backend, input)) != "reference":
+        out = _apply(choice, input, offsets)
     else:
         out = segment_mean_reference(input, offsets)
     return out
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    lengths = torch.tensor([0, *shape["lengths"]])
+    input = torch.randn(int(lengths.sum()), shape["K"], generator=generator)
+    return {"input": input.to(dtype), "offsets": lengths.cumsum(0).int()}
+
+
+def _bytes(shape: Shape, size: int) -> tuple[float, float]:
+    """Both ways all rows once and one row a segment."""
+    moved = float(size * shape["K"] * (sum(shape["lengths"]) + len(shape["lengths"])))
+    return moved, moved
+
+
+def _flops(shape: Shape) -> tuple[float, float]:
+    return float(sum(shape["lengths"]) * shape["K"]), float(len(shape["lengths"]) * shape["K"])
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    function=segment_mean,
+    inputs=_inputs,
+    gradients=("input",),
+    tests={
+        "no segments": {"lengths": [], "K": 8},
+        "empty segments alone": {"lengths": [0, 0], "K": 8},
+        "one row, one column": {"lengths": [1], "K": 1},
+        "empty ones at both ends and between, odd columns": {
+            "lengths": [0, 3, 0, 7, 1, 0],
+            "K": 37,
+        },
+        "a piece exactly, one row more, two pieces": {"lengths": [64, 65, 1, 128], "K": 16},
+        "one block of columns and one more column": {"lengths": [5, 9], "K": 129},
+        "many pieces among short ones": {"lengths": [2, 700, 0, 5, 300], "K": 20},
+    },
+    benches={
+        "multibench d 150": {"lengths": [19] * 256, "K": 150},
+        "ViT-S": {"lengths": [197] * 332, "K": 384},
+        "ragged, to 2048": {"lengths": [1, 30, 77, 197, 512, 2048] * 23, "K": 768},
+    },
+    aot={
+        "short": {"lengths": [30, 34], "K": 384},
+        "cut": {"lengths": [30, 98], "K": 150},
+    },
+    flops=_flops,
+    bytes=_bytes,
+)
