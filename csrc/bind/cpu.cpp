@@ -40,6 +40,17 @@ AttentionShape attention_shape(Address offsets, int64_t segments, int64_t heads,
           static_cast<DType>(dtype)};
 }
 
+LossChunk loss_chunk(int dtype, int64_t rows, int64_t cols, Address product, Address counts,
+                     Address bias_grad, Address totals) {
+  return {rows,
+          cols,
+          static_cast<DType>(dtype),
+          at<void>(product),
+          at<const uint8_t>(counts),
+          at<float>(bias_grad),
+          at<double>(totals)};
+}
+
 }  // namespace
 }  // namespace uml
 
@@ -163,6 +174,24 @@ void bind_cpu(py::module_& module) {
                                 at<const void>(key), at<const void>(value), at<const float>(lse),
                                 at<void>(grad_query), at<void>(grad_key), at<void>(grad_value),
                                 grad_stride, dropout_of(rng_key, site, threshold));
+      },
+      nogil);
+  m.def(
+      "squared_error",
+      [](int threads, int dtype, int64_t rows, int64_t cols, Address product, Address counts,
+         Address bias_grad, Address totals, Address bias, int target_dtype, Address target) {
+        kernels().squared_error(
+            threads, loss_chunk(dtype, rows, cols, product, counts, bias_grad, totals),
+            at<const float>(bias), static_cast<DType>(target_dtype), at<const void>(target));
+      },
+      nogil);
+  m.def(
+      "cross_entropy",
+      [](int threads, int dtype, int64_t rows, int64_t cols, Address product, Address counts,
+         Address bias_grad, Address totals, Address bias, bool ids_are_64_bit, Address ids) {
+        kernels().cross_entropy(threads,
+                                loss_chunk(dtype, rows, cols, product, counts, bias_grad, totals),
+                                at<const float>(bias), ids_are_64_bit, at<const void>(ids));
       },
       nogil);
   m.def(

@@ -25,6 +25,9 @@ void attention_fwd(int threads, AttentionShape, const void* query, const void* k
 void attention_bwd(int threads, AttentionShape, const void* grad_out, const void* query,
                    const void* key, const void* value, const float* lse, void* grad_query,
                    void* grad_key, void* grad_value, int64_t grad_stride, Dropout);
+void squared_error(int threads, LossChunk, const float* bias, DType target_dtype,
+                   const void* target);
+void cross_entropy(int threads, LossChunk, const float* bias, bool ids_are_64_bit, const void* ids);
 void segment_mean_fwd(int threads, DType, const void* input, const int32_t* offsets,
                       int64_t segments, int64_t cols, void* out);
 void segment_mean_bwd(int threads, DType, const void* grad_out, const int32_t* offsets,

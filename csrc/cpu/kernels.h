@@ -39,6 +39,17 @@ struct NormShape {
   bool is_rms;     // RMS norm: no mean, no bias and no gradient of it
 };
 
+// Some rows of the product of a linear layer, and where their error goes.
+struct LossChunk {
+  int64_t rows;
+  int64_t cols;
+  DType dtype;
+  void* product;          // (rows, cols); becomes the gradient of the sum of errors
+  const uint8_t* counts;  // (rows) whether a row counts; those that do not get gradient 0, unread
+  float* bias_grad;       // (cols) column sums of the gradient are added; null: no gradient
+  double* totals;         // the sum of errors and the number of rows that count are added
+};
+
 struct Kernels {
   const char* name;
 
@@ -79,6 +90,13 @@ struct Kernels {
   void (*attention_bwd)(int threads, AttentionShape, const void* grad_out, const void* query,
                         const void* key, const void* value, const float* lse, void* grad_query,
                         void* grad_key, void* grad_value, int64_t grad_stride, Dropout);
+
+  // Error of a row: its squared distance to target. product + bias is the prediction.
+  void (*squared_error)(int threads, LossChunk, const float* bias, DType target_dtype,
+                        const void* target);
+  // Error of a row: -log softmax(product + bias)[id]. ids of rows that count are in [0, cols).
+  void (*cross_entropy)(int threads, LossChunk, const float* bias, bool ids_are_64_bit,
+                        const void* ids);
 
   void (*segment_mean_fwd)(int threads, DType, const void* input, const int32_t* offsets,
                            int64_t segments, int64_t cols, void* out);

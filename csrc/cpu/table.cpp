@@ -18,6 +18,8 @@ const Kernels kernel_table = {
     .add_layer_norm_bwd = add_layer_norm_bwd,
     .attention_fwd = attention_fwd,
     .attention_bwd = attention_bwd,
+    .squared_error = squared_error,
+    .cross_entropy = cross_entropy,
     .segment_mean_fwd = segment_mean_fwd,
     .segment_mean_bwd = segment_mean_bwd,
 };
