@@ -64,6 +64,29 @@ def segment_mean(input: Tensor, offsets: Tensor) -> Tensor:
     return torch.segment_reduce(input, "mean", offsets=offsets.long(), axis=0, initial=0)
 
 
+def next_embedding_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, predicts: Tensor, shift: int,
+    **_: Any,
+) -> Tensor:  # fmt: skip
+    """F.linear, error in fp32, mean over the rows that count."""
+    dtype, rows = hidden.dtype, len(hidden) - shift
+    predicted = F.linear(hidden[:rows], weight.to(dtype), bias.to(dtype)).float()
+    error = (predicted - target[shift:]).square().mean(1)
+    counts = predicts[:rows]
+    return torch.where(counts, error, 0.0).sum() / counts.sum().clamp(min=1)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, predicts: Tensor, shift: int,
+    **_: Any,
+) -> Tensor:  # fmt: skip
+    """F.linear, then F.cross_entropy in fp32 with ignored rows."""
+    dtype, rows = hidden.dtype, len(hidden) - shift
+    logits = F.linear(hidden[:rows], weight.to(dtype), bias.to(dtype)).float()
+    ids = torch.where(predicts[:rows], target[shift:].long(), -100)
+    return F.cross_entropy(logits, ids)
+
+
 def sdpa_loop(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, is_causal: bool = False,
     dropout_p: float = 0.0, **_: Any,
@@ -129,6 +152,8 @@ EAGER: dict[str, Provider] = {
     "add_rms_norm": add_rms_norm,
     "dropout": dropout,
     "feed_forward": feed_forward,
+    "linear_cross_entropy": linear_cross_entropy,
+    "next_embedding_loss": next_embedding_loss,
     "segment_mean": segment_mean,
 }
 """The plain form of each op but attention; where it has no entry its reference is what a user

@@ -6,10 +6,19 @@ from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.add_rms_norm import add_rms_norm
 from uml_fast.kernels.dropout import dropout
 from uml_fast.kernels.feed_forward import feed_forward
+from uml_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from uml_fast.kernels.next_embedding_loss import next_embedding_loss
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.kernels.segment_mean import segment_mean
 
-OPS = ("add_layer_norm", "add_rms_norm", "dropout", "segment_mean")
+OPS = (
+    "add_layer_norm",
+    "add_rms_norm",
+    "dropout",
+    "linear_cross_entropy",
+    "next_embedding_loss",
+    "segment_mean",
+)
 """Modules of the ops, each with a ``SPEC``."""
 
 SPECS = tuple(import_module(f"uml_fast.kernels.{op}").SPEC for op in OPS)
@@ -21,6 +30,8 @@ __all__ = [
     "add_rms_norm",
     "dropout",
     "feed_forward",
+    "linear_cross_entropy",
+    "next_embedding_loss",
     "packed_segment_attention",
     "segment_attention",
     "segment_mean",
