@@ -20,6 +20,8 @@ def test_hand_count_of_one_small_layer():
     assert transformer_flops(4, 5, 8, [3]) == 5 * 912
     # a causal row sees 1, 2, 3 rows
     assert transformer_flops(4, 1, 8, [3], causal=True) == 384 + 384 + 4 * 6 * 4
+    # gated: three maps of the ffn instead of two
+    assert transformer_flops(4, 1, 8, [3], gated=True) == 384 + 3 * 192 + 144
     assert linear_flops(10, 20, 40) == 2 * 10 * 20 * 40
 
 

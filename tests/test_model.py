@@ -30,8 +30,9 @@ BACKBONES = [
         input_projection=True, positions="sinusoid", max_positions=128,
     ),
     TransformerConfig(width=16, layers=0, heads=2, feed_forward=32, positions="learned"),
+    TransformerConfig(width=16, layers=1, heads=2, feed_forward=32, activation="swiglu"),
 ]  # fmt: skip
-KINDS = pytest.mark.parametrize("backbone", BACKBONES, ids=["pre", "post", "none"])
+KINDS = pytest.mark.parametrize("backbone", BACKBONES, ids=["pre", "post", "none", "gated"])
 
 
 def batch_of(config: RunConfig, counts: dict[str, int], seed: int = 0) -> PackedBatch:

@@ -24,8 +24,9 @@ def linear_flops(rows: int, inputs: int, outputs: int) -> int:
 
 
 def transformer_flops(
-    width: int, layers: int, ffn: int, lengths: Sequence[int] | np.ndarray, *, causal: bool = False
-) -> int:
+    width: int, layers: int, ffn: int, lengths: Sequence[int] | np.ndarray, *, causal: bool = False,
+    gated: bool = False,
+) -> int:  # fmt: skip
     """Forward operations of the shared backbone on segments that attend within themselves.
 
     Args:
@@ -35,11 +36,12 @@ def transformer_flops(
         ffn: hidden width of the feed-forward.
         lengths: unpadded rows of each segment.
         causal: a row sees itself and the rows before it, else all rows of its segment.
+        gated: the feed-forward has a third map, for its gates.
     """
     n = np.asarray(lengths, np.int64)
     rows = int(n.sum())
     pairs = int((n * (n + 1) // 2).sum()) if causal else int((n * n).sum())
-    maps = linear_flops(rows, width, 4 * width) + 2 * linear_flops(rows, width, ffn)
+    maps = linear_flops(rows, width, 4 * width) + (2 + gated) * linear_flops(rows, width, ffn)
     return layers * (maps + 4 * pairs * width)
 
 

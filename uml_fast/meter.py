@@ -35,8 +35,9 @@ def flops_per_row(model: Uml, config: RunConfig, source: Source) -> float:
     if isinstance(config.backbone, TransformerConfig):
         b = config.backbone
         forward += transformer_flops(
-            b.width, b.layers, b.feed_forward, source.lengths, causal=b.causal
-        )
+            b.width, b.layers, b.feed_forward, source.lengths, causal=b.causal,
+            gated=b.activation == "swiglu",
+        )  # fmt: skip
         if b.input_projection:
             forward += linear_flops(rows, b.width, b.width)
     else:

@@ -92,12 +92,12 @@ void bind_cpu(py::module_& module) {
   m.def(
       "activation_bwd",
       [](int threads, int dtype, int activation, Address saved, Address bias, Address grad,
-         Address bias_grad, int64_t rows, int64_t cols, Address rng_key, int64_t site,
-         uint32_t threshold) {
-        kernels().activation_bwd(threads, static_cast<DType>(dtype),
-                                 static_cast<Activation>(activation), at<const void>(saved),
-                                 at<const float>(bias), at<void>(grad), at<float>(bias_grad), rows,
-                                 cols, dropout_of(rng_key, site, threshold));
+         Address grad_pre, Address bias_grad, int64_t rows, int64_t cols, Address rng_key,
+         int64_t site, uint32_t threshold) {
+        kernels().activation_bwd(
+            threads, static_cast<DType>(dtype), static_cast<Activation>(activation),
+            at<const void>(saved), at<const float>(bias), at<const void>(grad), at<void>(grad_pre),
+            at<float>(bias_grad), rows, cols, dropout_of(rng_key, site, threshold));
       },
       nogil);
   m.def(

@@ -65,13 +65,14 @@ UML_INLINE Vec gelu_slope(Vec x) {
 
 // For relu, saved > 0 says active and kept at once, so no mask is drawn.
 template <class T, Activation kActivation, bool kDrop>
-void activation_bwd_rows(const T* saved, const float* bias, T* grad, float* sums, int64_t begin,
-                         int64_t end, int64_t cols, Dropout drop) {
+void activation_bwd_rows(const T* saved, const float* bias, const T* grad, T* grad_pre, float* sums,
+                         int64_t begin, int64_t end, int64_t cols, Dropout drop) {
   for (int64_t c = 0; c < cols; ++c) sums[c] = 0;
   for (int64_t row = begin; row < end; ++row) {
     const RowMask mask(drop, row, cols);
     const T* s = saved + row * cols;
-    T* g = grad + row * cols;
+    const T* g = grad + row * cols;
+    T* out = grad_pre + row * cols;
     for (int64_t c = 0; c < cols; c += 2 * kWidth) {
       const int64_t n = cols - c;
       Vec g0 = load_n(g + c, n), g1 = load_n(g + c + kWidth, n - kWidth);
@@ -89,10 +90,65 @@ void activation_bwd_rows(const T* saved, const float* bias, T* grad, float* sums
           g1 *= m1;
         }
       }
-      store_n(g + c, g0, n);
-      store_n(g + c + kWidth, g1, n - kWidth);
+      store_n(out + c, g0, n);
+      store_n(out + c + kWidth, g1, n - kWidth);
       store_n(sums + c, load_n(sums + c, n) + g0, n);
       store_n(sums + c + kWidth, load_n(sums + c + kWidth, n - kWidth) + g1, n - kWidth);
+    }
+  }
+}
+
+UML_INLINE Vec sigmoid(Vec x) {
+  // Beyond 87 the sigmoid of -x is below the smallest normal number.
+  return 1.0f / (1.0f + exp(-vmax(x, splat(-87.0f))));
+}
+
+// out = silu(gate) * value, both halves of a row of pre.
+template <class T, bool kDrop>
+void swiglu_fwd_rows(const T* pre, const float* bias, T* out, int64_t begin, int64_t end,
+                     int64_t cols, Dropout drop) {
+  for (int64_t row = begin; row < end; ++row) {
+    const RowMask mask(drop, row, cols);
+    const T* in = pre + row * 2 * cols;
+    T* o = out + row * cols;
+    for (int64_t c = 0; c < cols; c += 2 * kWidth) {
+      Vec m[2] = {splat(1.0f), splat(1.0f)};
+      if constexpr (kDrop) mask.factors(c, m[0], m[1]);
+      for (int64_t i = 0, at = c; i < 2; ++i, at += kWidth) {
+        const int64_t n = cols - at;
+        const Vec gate = load_n(in + at, n) + load_n(bias + at, n);
+        const Vec value = load_n(in + cols + at, n) + load_n(bias + cols + at, n);
+        store_n(o + at, gate * sigmoid(gate) * value * m[i], n);
+      }
+    }
+  }
+}
+
+template <class T, bool kDrop>
+void swiglu_bwd_rows(const T* pre, const float* bias, const T* grad, T* grad_pre, float* sums,
+                     int64_t begin, int64_t end, int64_t cols, Dropout drop) {
+  for (int64_t c = 0; c < 2 * cols; ++c) sums[c] = 0;
+  for (int64_t row = begin; row < end; ++row) {
+    const RowMask mask(drop, row, cols);
+    const T* in = pre + row * 2 * cols;
+    T* out = grad_pre + row * 2 * cols;
+    for (int64_t c = 0; c < cols; c += 2 * kWidth) {
+      Vec m[2] = {splat(1.0f), splat(1.0f)};
+      if constexpr (kDrop) mask.factors(c, m[0], m[1]);
+      for (int64_t i = 0, at = c; i < 2; ++i, at += kWidth) {
+        const int64_t n = cols - at;
+        const Vec gate = load_n(in + at, n) + load_n(bias + at, n);
+        const Vec value = load_n(in + cols + at, n) + load_n(bias + cols + at, n);
+        const Vec g = load_n(grad + row * cols + at, n) * m[i];
+        const Vec slope = sigmoid(gate);
+        const Vec silu = gate * slope;
+        const Vec grad_gate = g * value * (slope + silu * (1.0f - slope));
+        const Vec grad_value = g * silu;
+        store_n(out + at, grad_gate, n);
+        store_n(out + cols + at, grad_value, n);
+        store_n(sums + at, load_n(sums + at, n) + grad_gate, n);
+        store_n(sums + cols + at, load_n(sums + cols + at, n) + grad_value, n);
+      }
     }
   }
 }
@@ -111,12 +167,17 @@ void sum_rows(const T* input, float* sums, int64_t begin, int64_t end, int64_t c
 // Calls f with (activation, drops) as compile-time constants.
 template <class F>
 void with_variant(Activation activation, bool drops, F&& f) {
-  if (activation == Activation::relu) {
-    drops ? f.template operator()<Activation::relu, true>()
-          : f.template operator()<Activation::relu, false>();
-  } else {
-    drops ? f.template operator()<Activation::gelu, true>()
-          : f.template operator()<Activation::gelu, false>();
+  auto with_drop = [&]<Activation kActivation>() {
+    drops ? f.template operator()<kActivation, true>()
+          : f.template operator()<kActivation, false>();
+  };
+  switch (activation) {
+    case Activation::relu:
+      return with_drop.template operator()<Activation::relu>();
+    case Activation::gelu:
+      return with_drop.template operator()<Activation::gelu>();
+    case Activation::swiglu:
+      return with_drop.template operator()<Activation::swiglu>();
   }
 }
 
@@ -136,28 +197,40 @@ void activation_fwd(int threads, DType dtype, Activation activation, const void*
   with_type(dtype, [&]<class T>(T*) {
     with_variant(activation, drop.threshold > 0, [&]<Activation kActivation, bool kDrop>() {
       parallel_for(threads, rows, kRowsPerChunk, [&](int64_t begin, int64_t end) {
-        activation_fwd_rows<T, kActivation, kDrop>(static_cast<const T*>(pre), bias,
-                                                   static_cast<T*>(out), begin, end, cols, drop);
+        const T* in = static_cast<const T*>(pre);
+        T* o = static_cast<T*>(out);
+        if constexpr (kActivation == Activation::swiglu) {
+          swiglu_fwd_rows<T, kDrop>(in, bias, o, begin, end, cols, drop);
+        } else {
+          activation_fwd_rows<T, kActivation, kDrop>(in, bias, o, begin, end, cols, drop);
+        }
       });
     });
   });
 }
 
 void activation_bwd(int threads, DType dtype, Activation activation, const void* saved,
-                    const float* bias, void* grad, float* bias_grad, int64_t rows, int64_t cols,
-                    Dropout drop) {
+                    const float* bias, const void* grad, void* grad_pre, float* bias_grad,
+                    int64_t rows, int64_t cols, Dropout drop) {
   const int64_t chunks = (rows + kRowsPerChunk - 1) / kRowsPerChunk;
-  const Floats partial(chunks * cols);
+  const int64_t pre_cols = activation == Activation::swiglu ? 2 * cols : cols;
+  const Floats partial(chunks * pre_cols);
   with_type(dtype, [&]<class T>(T*) {
     with_variant(activation, drop.threshold > 0, [&]<Activation kActivation, bool kDrop>() {
       parallel_for(threads, rows, kRowsPerChunk, [&](int64_t begin, int64_t end) {
-        activation_bwd_rows<T, kActivation, kDrop>(
-            static_cast<const T*>(saved), bias, static_cast<T*>(grad),
-            partial.data + begin / kRowsPerChunk * cols, begin, end, cols, drop);
+        const T* s = static_cast<const T*>(saved);
+        const T* g = static_cast<const T*>(grad);
+        T* out = static_cast<T*>(grad_pre);
+        float* sums = partial.data + begin / kRowsPerChunk * pre_cols;
+        if constexpr (kActivation == Activation::swiglu) {
+          swiglu_bwd_rows<T, kDrop>(s, bias, g, out, sums, begin, end, cols, drop);
+        } else {
+          activation_bwd_rows<T, kActivation, kDrop>(s, bias, g, out, sums, begin, end, cols, drop);
+        }
       });
     });
   });
-  sum_partials(threads, partial.data, chunks, cols, bias_grad);
+  sum_partials(threads, partial.data, chunks, pre_cols, bias_grad);
 }
 
 void column_sum(int threads, DType dtype, const void* input, float* out, int64_t rows,

@@ -9,7 +9,8 @@ void dropout(int threads, DType, const void* input, void* out, int64_t rows, int
 void activation_fwd(int threads, DType, Activation, const void* pre, const float* bias, void* out,
                     int64_t rows, int64_t cols, Dropout);
 void activation_bwd(int threads, DType, Activation, const void* saved, const float* bias,
-                    void* grad, float* bias_grad, int64_t rows, int64_t cols, Dropout);
+                    const void* grad, void* grad_pre, float* bias_grad, int64_t rows, int64_t cols,
+                    Dropout);
 void column_sum(int threads, DType, const void* input, float* out, int64_t rows, int64_t cols);
 void index_sum(int threads, DType, const void* input, const int32_t* index, int64_t rows,
                int64_t cols, int64_t size, float* out);

@@ -10,7 +10,7 @@
 namespace uml {
 
 enum class DType : int { f32 = 0, bf16 = 1 };
-enum class Activation : int { relu = 0, gelu = 1 };
+enum class Activation : int { relu = 0, gelu = 1, swiglu = 2 };
 
 // Counter-based dropout of one site (uml_fast/kernels/rng.py). threshold 0: nothing drops.
 struct Dropout {
@@ -57,12 +57,15 @@ struct Kernels {
   void (*dropout)(int threads, DType, const void* input, void* out, int64_t rows, int64_t cols,
                   Dropout);
 
-  // out = dropout(activation(pre + bias)); out may be pre.
+  // out (rows, cols) = dropout(activation(pre + bias)). swiglu: pre (rows, 2 cols) and bias are the
+  // gate, then the value; for the others out may be pre.
   void (*activation_fwd)(int threads, DType, Activation, const void* pre, const float* bias,
                          void* out, int64_t rows, int64_t cols, Dropout);
-  // grad becomes the gradient of pre, bias_grad its column sums. saved: out for relu, pre for gelu.
+  // grad_pre is the gradient of pre, bias_grad its column sums. saved: out for relu, else pre.
+  // Where pre and grad (rows, cols) have one shape, grad_pre may be grad.
   void (*activation_bwd)(int threads, DType, Activation, const void* saved, const float* bias,
-                         void* grad, float* bias_grad, int64_t rows, int64_t cols, Dropout);
+                         const void* grad, void* grad_pre, float* bias_grad, int64_t rows,
+                         int64_t cols, Dropout);
 
   // out[c] = sum over rows of input.
   void (*column_sum)(int threads, DType, const void* input, float* out, int64_t rows, int64_t cols);

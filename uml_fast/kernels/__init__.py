@@ -15,6 +15,7 @@ OPS = (
     "add_layer_norm",
     "add_rms_norm",
     "dropout",
+    "feed_forward",
     "linear_cross_entropy",
     "next_embedding_loss",
     "segment_mean",

@@ -1,0 +1,75 @@
+"""CPU kernels of feed_forward: products by PyTorch (oneDNN), the rest by csrc/cpu/elementwise.cpp.
+
+Bias, activation and dropout are one pass over the product, in place where the activation keeps the
+number of columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from uml_fast.kernels.native.library import CODES, library, mask_arguments
+
+ACTIVATIONS = {"relu": 0, "gelu": 1, "swiglu": 2}
+"""Their numbers in csrc/cpu/kernels.h."""
+
+
+def _column_sum(input: Tensor) -> Tensor:
+    """Sum over the rows of (T, K), accumulated and returned in fp32 (K,)."""
+    out = input.new_empty(input.shape[1], dtype=torch.float32)
+    library().column_sum(
+        torch.get_num_threads(), CODES[input.dtype], input.data_ptr(), out.data_ptr(), *input.shape
+    )
+    return out
+
+
+def _weight_gradient(grad_TN: Tensor, input_TK: Tensor) -> Tensor:
+    """grad^T input (N, K), contiguous.
+
+    oneDNN multiplies bf16 two to three times slower when the long dimension T is the strided one of
+    the first operand (docs/numerics.md), so the narrower operand is copied transposed.
+    """
+    if grad_TN.shape[1] <= input_TK.shape[1]:
+        return torch.mm(grad_TN.t().contiguous(), input_TK)
+    return torch.mm(input_TK.t().contiguous(), grad_TN).t().contiguous()
+
+
+def fwd(
+    input: Tensor, weight_up: Tensor, bias_up: Tensor, weight_down: Tensor, bias_down: Tensor,
+    activation: str, dropout_p: float, rng_key: Tensor | None, site: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(out, hidden, product without its bias or, for relu, nothing)."""
+    product = torch.mm(input, weight_up.t())
+    is_relu = activation == "relu"
+    hidden = product if is_relu else input.new_empty(len(input), weight_down.shape[1])
+    bias = bias_up.float()
+    library().activation_fwd(
+        torch.get_num_threads(), CODES[input.dtype], ACTIVATIONS[activation], product.data_ptr(),
+        bias.data_ptr(), hidden.data_ptr(), *hidden.shape,
+        *mask_arguments(dropout_p, rng_key, site),
+    )  # fmt: skip
+    out = torch.addmm(bias_down.to(input.dtype), hidden, weight_down.t())
+    return out, hidden, input.new_empty(0) if is_relu else product
+
+
+def bwd(
+    grad_out: Tensor, input: Tensor, weight_up: Tensor, bias_up: Tensor, weight_down: Tensor,
+    hidden: Tensor, product: Tensor, activation: str, dropout_p: float, rng_key: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of input, weight_up, bias_up (fp32), weight_down and bias_down (fp32)."""
+    grad_down = _weight_gradient(grad_out, hidden)
+    grad = torch.mm(grad_out, weight_down)
+    grad_pre = torch.empty_like(product) if activation == "swiglu" else grad
+    saved = hidden if activation == "relu" else product
+    bias = bias_up.float()
+    grad_bias = torch.empty_like(bias)
+    library().activation_bwd(
+        torch.get_num_threads(), CODES[grad.dtype], ACTIVATIONS[activation], saved.data_ptr(),
+        bias.data_ptr(), grad.data_ptr(), grad_pre.data_ptr(), grad_bias.data_ptr(), *grad.shape,
+        *mask_arguments(dropout_p, rng_key, site),
+    )  # fmt: skip
+    grad_up = _weight_gradient(grad_pre, input)
+    grad_input = torch.mm(grad_pre, weight_up)
+    return grad_input, grad_up, grad_bias, grad_down, _column_sum(grad_out)
