@@ -85,19 +85,22 @@ struct Pack<Singles> {
 #if defined(__AVX512BF16__)
 UML_INLINE uint32_t first_bits(int64_t n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 
-// Words (a[0], b[0]), (a[1], b[1]), ... of the first n columns of two rows.
-UML_INLINE Vec load_pairs(const bf16* a, const bf16* b, int64_t n) {
-  const __mmask16 mask = static_cast<__mmask16>(first_bits(n));
-  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, a));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(b ? mask : 0, b));
-  return (Vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+// Words (a[0], b[0]), (a[1], b[1]), ...; with the conversion that from_bf16 takes, for its reason.
+UML_INLINE Vec interleave_pairs(__m256i a, __m256i b) {
+  const VecU low = (VecU)_mm512_maskz_cvtepu16_epi32(0xFFFF, a);
+  const VecU high = (VecU)_mm512_maskz_cvtepu16_epi32(0xFFFF, b);
+  return (Vec)(low | high << 16);
 }
 
-// The same of two rows of fp32.
+// Of the first n columns of two rows; b null for zeros.
+UML_INLINE Vec load_pairs(const bf16* a, const bf16* b, int64_t n) {
+  const __mmask16 mask = static_cast<__mmask16>(first_bits(n));
+  return interleave_pairs(_mm256_maskz_loadu_epi16(mask, a),
+                          _mm256_maskz_loadu_epi16(b ? mask : 0, b));
+}
+
 UML_INLINE Vec round_to_pairs(Vec a, Vec b) {
-  const __m512i low = _mm512_cvtepu16_epi32((__m256i)to_bf16(a));
-  const __m512i high = _mm512_cvtepu16_epi32((__m256i)to_bf16(b));
-  return (Vec)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+  return interleave_pairs((__m256i)to_bf16(a), (__m256i)to_bf16(b));
 }
 
 template <>
