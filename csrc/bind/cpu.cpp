@@ -211,4 +211,53 @@ void bind_cpu(py::module_& module) {
                                    at<void>(grad_input));
       },
       nogil);
+  m.def(
+      "text_stem_fwd",
+      [](int threads, int64_t rows, int64_t cols, int weight_dtype, int position_dtype,
+         int out_dtype, Address ids, Address weight, Address position, Address position_index,
+         int64_t positions, Address out) {
+        const TextShape shape{rows,
+                              cols,
+                              positions,
+                              static_cast<DType>(weight_dtype),
+                              static_cast<DType>(position_dtype),
+                              static_cast<DType>(out_dtype)};
+        kernels().text_stem_fwd(threads, shape, at<const int32_t>(ids), at<const void>(weight),
+                                at<const void>(position), at<const int32_t>(position_index),
+                                at<void>(out));
+      },
+      nogil);
+  m.def(
+      "log_mel",
+      [](int threads, int64_t rows, int64_t row_samples, int64_t frames, int64_t window,
+         int64_t mels, bool is_int16, int out_dtype, double floor, Address taper, int64_t points,
+         int64_t passes, int64_t largest_radix, Address radices, Address place, Address fft_table,
+         Address split, Address band_first, Address band_start, Address filters, Address mean,
+         Address deviation, Address samples, Address continues, Address out) {
+        const MelPlan plan{
+            .row_samples = row_samples,
+            .frames = frames,
+            .window = window,
+            .mels = mels,
+            .is_int16 = is_int16,
+            .out = static_cast<DType>(out_dtype),
+            .floor = static_cast<float>(floor),
+            .taper = at<const float>(taper),
+            .points = points,
+            .passes = passes,
+            .largest_radix = largest_radix,
+            .radices = at<const int32_t>(radices),
+            .place = at<const int32_t>(place),
+            .fft_table = at<const float>(fft_table),
+            .split = at<const float>(split),
+            .band_first = at<const int32_t>(band_first),
+            .band_start = at<const int32_t>(band_start),
+            .filters = at<const float>(filters),
+            .mean = at<const float>(mean),
+            .deviation = at<const float>(deviation),
+        };
+        kernels().log_mel(threads, plan, at<const void>(samples), at<const bool>(continues), rows,
+                          at<void>(out));
+      },
+      nogil);
 }

@@ -1,5 +1,6 @@
 // Sums of the rows that share an index: the gradient of a table that rows were gathered from.
 #include "kernel_parts.h"
+#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -44,6 +45,7 @@ UML_INLINE void sum_entry(const T* input, const int32_t* first, const int32_t* l
 void index_sum(int threads, DType dtype, const void* input, const int32_t* index, int64_t rows,
                int64_t cols, int64_t size, float* out) {
   if (size == 0) return;
+  prefer_huge_pages(out, sizeof(float) * static_cast<size_t>(size * cols));
   const Array<int32_t> start(size + 1), order(rows);
   sort_rows(index, rows, size, start.data, order.data);
   const int64_t blocks = (cols + kColumns - 1) / kColumns;

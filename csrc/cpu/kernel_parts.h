@@ -33,6 +33,10 @@ void segment_mean_fwd(int threads, DType, const void* input, const int32_t* offs
                       int64_t segments, int64_t cols, void* out);
 void segment_mean_bwd(int threads, DType, const void* grad_out, const int32_t* offsets,
                       int64_t segments, int64_t cols, void* grad_input);
+void text_stem_fwd(int threads, TextShape shape, const int32_t* ids, const void* weight,
+                   const void* position, const int32_t* position_index, void* out);
+void log_mel(int threads, const MelPlan& plan, const void* samples, const bool* continues,
+             int64_t rows, void* out);
 
 // out[c] = sum over chunks of partial[chunk][c], in chunk order.
 void sum_partials(int threads, const float* partial, int64_t chunks, int64_t cols, float* out);

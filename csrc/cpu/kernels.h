@@ -50,6 +50,39 @@ struct LossChunk {
   double* totals;         // the sum of errors and the number of rows that count are added
 };
 
+struct TextShape {
+  int64_t rows;
+  int64_t cols;
+  int64_t positions;  // rows of the position table
+  DType weight;
+  DType position;
+  DType out;
+};
+
+// How waveforms become log-mel features (uml_fast/kernels/native/log_mel.py makes the tables).
+struct MelPlan {
+  int64_t row_samples;
+  int64_t frames;  // per row
+  int64_t window;
+  int64_t mels;
+  bool is_int16;  // samples are int16, else fp32
+  DType out;
+  float floor;         // added to the power of a band
+  const float* taper;  // window: factor of each sample
+  int64_t points;      // complex points of the FFT: window / 2, or window if that is odd
+  int64_t passes;      // of the FFT
+  int64_t largest_radix;
+  const int32_t* radices;     // passes
+  const int32_t* place;       // points: where the FFT wants each point
+  const float* fft_table;     // per pass: cosine and sine of 2 pi i / radix, then twiddle factors
+  const float* split;         // window / 4 + 1 complex: e**(-2 pi i k / window)
+  const int32_t* band_first;  // mels: first bin of a band
+  const int32_t* band_start;  // mels + 1: its filter's first weight
+  const float* filters;
+  const float* mean;       // mels
+  const float* deviation;  // mels
+};
+
 struct Kernels {
   const char* name;
 
@@ -105,6 +138,14 @@ struct Kernels {
                            int64_t segments, int64_t cols, void* out);
   void (*segment_mean_bwd)(int threads, DType, const void* grad_out, const int32_t* offsets,
                            int64_t segments, int64_t cols, void* grad_input);
+
+  // out[r] = weight[ids[r]] + position[position_index[r], clamped]; position may be null.
+  void (*text_stem_fwd)(int threads, TextShape, const int32_t* ids, const void* weight,
+                        const void* position, const int32_t* position_index, void* out);
+
+  // out (rows, frames * mels); continues[r]: row r + 1 is of the same sound.
+  void (*log_mel)(int threads, const MelPlan&, const void* samples, const bool* continues,
+                  int64_t rows, void* out);
 };
 
 // The kernels in use: the widest this processor runs, unless use_kernels chose others.

@@ -210,7 +210,8 @@ UML_INLINE Vec exp2(Vec x) {
   return (Vec)((VecI)p + ((VecI)shifted << 23));
 }
 
-// Natural logarithm of normal positive numbers, relative error below 2e-7 (Cephes logf); NaN stays.
+// Natural logarithm of normal positive numbers, relative error below 2e-7 (Cephes logf); infinity
+// and NaN stay.
 UML_INLINE Vec log(Vec x) {
   // Mantissa in [sqrt(1/2), sqrt(2)): the exponent counts from that of sqrt(1/2).
   const VecI above = (VecI)x - 0x3F3504F3;
@@ -227,7 +228,7 @@ UML_INLINE Vec log(Vec x) {
   p = p * m - 2.4999993993e-1f;
   p = p * m + 3.3333331174e-1f;
   const Vec small = p * m * m * m + e * -2.12194440e-4f - 0.5f * m * m;
-  return x == x ? small + m + e * 0.693359375f : x;
+  return x < __builtin_inff() ? small + m + e * 0.693359375f : x;
 }
 
 UML_INLINE Vec magnitude(Vec x) { return (Vec)((VecI)x & 0x7FFFFFFF); }

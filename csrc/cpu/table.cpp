@@ -22,6 +22,8 @@ const Kernels kernel_table = {
     .cross_entropy = cross_entropy,
     .segment_mean_fwd = segment_mean_fwd,
     .segment_mean_bwd = segment_mean_bwd,
+    .text_stem_fwd = text_stem_fwd,
+    .log_mel = log_mel,
 };
 
 }  // namespace uml::UML_ARCH

@@ -41,7 +41,7 @@ def forward_backward(
     grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
     grads = [g.bfloat16().to(o) for g, o in zip(grads, outputs, strict=True)]
     wanted = {n: t for n, t in leaves.items() if isinstance(t, Tensor) and t.requires_grad}
-    found = torch.autograd.grad(outputs, list(wanted.values()), grads)
+    found = torch.autograd.grad(outputs, list(wanted.values()), grads) if wanted else ()
     named = [(f"output {i}", o.detach()) for i, o in enumerate(outputs)]
     return named + [(f"gradient of {n}", g) for n, g in zip(wanted, found, strict=True)]
 

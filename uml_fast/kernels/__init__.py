@@ -7,9 +7,11 @@ from uml_fast.kernels.add_rms_norm import add_rms_norm
 from uml_fast.kernels.dropout import dropout
 from uml_fast.kernels.feed_forward import feed_forward
 from uml_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from uml_fast.kernels.log_mel import log_mel
 from uml_fast.kernels.next_embedding_loss import next_embedding_loss
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.kernels.segment_mean import segment_mean
+from uml_fast.kernels.text_stem import text_stem
 
 OPS = (
     "add_layer_norm",
@@ -17,8 +19,10 @@ OPS = (
     "dropout",
     "feed_forward",
     "linear_cross_entropy",
+    "log_mel",
     "next_embedding_loss",
     "segment_mean",
+    "text_stem",
 )
 """Modules of the ops, each with a ``SPEC``."""
 
@@ -32,8 +36,10 @@ __all__ = [
     "dropout",
     "feed_forward",
     "linear_cross_entropy",
+    "log_mel",
     "next_embedding_loss",
     "packed_segment_attention",
     "segment_attention",
     "segment_mean",
+    "text_stem",
 ]
