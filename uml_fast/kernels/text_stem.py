@@ -278,7 +278,7 @@ SPEC = KernelSpec(
     aot={
         "ViT-S": {"C": 64, "V": 100, "D": 384, "P": 512},
         "multibench d 64": {"C": 64, "V": 100, "D": 64, "P": 512},
-        "multibench d 150": {"C": 64, "V": 100, "D": 150, "P": 512},
+        "multibench d 150": {"C": 64, "V": 100, "D": 150, "P": 8},
     },
     flops=lambda s: (2.0 * s["C"] * s["D"], 2.0 * s["C"] * s["D"]),
     bytes=_bytes,
