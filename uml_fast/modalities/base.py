@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from uml_fast.config import ConfigError, ModalityConfig
+from uml_fast.kernels.next_embedding_loss import next_embedding_loss
 from uml_fast.pack import RegionRows
 
 
@@ -95,18 +96,11 @@ class Modality(nn.Module):
     def prediction_loss(self, hidden_CD: Tensor, features: Tensor, region: RegionRows) -> Tensor:
         """Mean squared error of the next row's features, over rows that have one (paper 1.2)."""
         assert self.decoder is not None
-        predicted = self.decoder(hidden_CD).float()
-        if self.autoencode:
-            return masked_mean((predicted - features).square().mean(1), self.predicts_C(region))
-        error = (predicted[:-1] - features[1:]).square().mean(1)
-        return masked_mean(error, self.predicts_C(region)[:-1])
+        return next_embedding_loss(
+            hidden_CD, self.decoder.weight, self.decoder.bias, features, self.predicts_C(region),
+            shift=0 if self.autoencode else 1,
+        )  # fmt: skip
 
     def predicts_C(self, region: RegionRows) -> Tensor:
         """bool (C,) rows that predict: those with a next row, or all if a row predicts itself."""
         return region.valid_C if self.autoencode else region.continues_C()
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values under a mask; 0 where the mask is empty."""
-    kept = torch.where(mask, values, 0.0)
-    return kept.sum() / mask.sum().clamp(min=1)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from uml_fast.config import ModalityConfig, require
-from uml_fast.modalities.base import Modality, masked_mean
+from uml_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from uml_fast.modalities.base import Modality
 from uml_fast.pack import RegionRows
 
 
@@ -70,9 +70,10 @@ class Text(Modality):
     def prediction_loss(self, hidden_CD: Tensor, features: Tensor, region: RegionRows) -> Tensor:
         """Cross-entropy of the next id, over rows that have one (paper 1.1)."""
         assert self.decoder is not None
-        logits = self.decoder(hidden_CD[:-1]).float()
-        losses = F.cross_entropy(logits, features[1:], reduction="none")
-        return masked_mean(losses, self.predicts_C(region)[:-1])
+        return linear_cross_entropy(
+            hidden_CD, self.decoder.weight, self.decoder.bias, region.raw[:, 0],
+            self.predicts_C(region),
+        )  # fmt: skip
 
     def describe(self, sample: np.ndarray) -> dict[str, Any]:
         return {"kind": "text", "text": " ".join(map(str, sample[:, 0].tolist()))}
