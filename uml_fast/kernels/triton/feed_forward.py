@@ -199,19 +199,22 @@ def _feed_forward_fwd_kernel(
     rows = T - row_block * BLOCK_T
     first_unit = col_block * UNITS
     n = tl.arange(0, BLOCK_N)
-    unit = first_unit + n // TURNS
+    column = first_unit + n // TURNS
     pre = _product(
-        input_ptr + first_row * K, rows, weight_ptr, (unit + n % TURNS * N) * K, unit < N, K, 1,
+        input_ptr + first_row * K, rows, weight_ptr, (column + n % TURNS * N) * K, column < N, K, 1,
         N % UNITS == 0, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    left, right = _halves(pre)
     hidden_ptr += first_row * N
     product_ptr += first_row * TURNS * N
     key = site_key(rng_key_ptr, site) if DROP else 0
-    _activate(left, first_row, rows, first_unit, bias_ptr, hidden_ptr, product_ptr, key, threshold,
-              N, ACTIVATION, SCALE, DROP)  # fmt: skip
-    _activate(right, first_row, rows, first_unit + UNITS // 2, bias_ptr, hidden_ptr, product_ptr,
-              key, threshold, N, ACTIVATION, SCALE, DROP)  # fmt: skip
+    left, right = _halves(pre)
+    for half in tl.static_range(2):
+        a, b = _halves(left if half == 0 else right)
+        unit = first_unit + half * (UNITS // 2)
+        _activate(a, first_row, rows, unit, bias_ptr, hidden_ptr, product_ptr, key, threshold, N,
+                  ACTIVATION, SCALE, DROP)  # fmt: skip
+        _activate(b, first_row, rows, unit + UNITS // 4, bias_ptr, hidden_ptr, product_ptr, key,
+                  threshold, N, ACTIVATION, SCALE, DROP)  # fmt: skip
 
 
 @triton.jit
