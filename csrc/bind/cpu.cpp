@@ -116,6 +116,43 @@ void bind_cpu(py::module_& module) {
       },
       nogil);
   m.def(
+      "transpose_sum",
+      [](int threads, int dtype, Address input, int64_t rows, int64_t cols, Address out,
+         int64_t stride, Address sums) {
+        kernels().transpose_sum(threads, static_cast<DType>(dtype), at<const void>(input), rows,
+                                cols, at<void>(out), stride, at<float>(sums));
+      },
+      nogil);
+  m.def(
+      "normalise_patches",
+      [](int threads, int dtype, int64_t images, int64_t height, int64_t width, int64_t channels,
+         int64_t patch_height, int64_t patch_width, Address pixels, Address mean, Address deviation,
+         Address out, int64_t stride) {
+        const PatchShape shape{images, height, width, channels, patch_height, patch_width};
+        kernels().normalise_patches(threads, static_cast<DType>(dtype), shape,
+                                    at<const uint8_t>(pixels), at<const float>(mean),
+                                    at<const float>(deviation), at<void>(out), stride);
+      },
+      nogil);
+  m.def(
+      "standardise_rows",
+      [](int threads, int dtype, Address input, Address mean, Address deviation, Address valid,
+         int64_t rows, int64_t cols, Address out, int64_t stride) {
+        kernels().standardise_rows(threads, static_cast<DType>(dtype), at<const float>(input),
+                                   at<const float>(mean), at<const float>(deviation),
+                                   at<const bool>(valid), rows, cols, at<void>(out), stride);
+      },
+      nogil);
+  m.def(
+      "add_position",
+      [](int threads, int dtype, Address tokens, Address bias, Address position, Address index,
+         int64_t period, int64_t size, int64_t rows, int64_t cols) {
+        kernels().add_position(threads, static_cast<DType>(dtype), at<void>(tokens),
+                               at<const float>(bias), at<const float>(position),
+                               at<const int32_t>(index), period, size, rows, cols);
+      },
+      nogil);
+  m.def(
       "add_layer_norm_fwd",
       [](int threads, int64_t rows, int64_t cols, int input_dtype, int residual_dtype, bool is_rms,
          Address input, Address residual, Address weight, Address bias, double eps, Address normed,

@@ -9,6 +9,7 @@ namespace {
 // Rows of one chunk of work: enough to pay for handing it out, and the granularity of partial
 // column sums.
 constexpr int64_t kRowsPerChunk = 32;
+constexpr int64_t kRowsPerTranspose = 128;
 
 UML_INLINE Vec activate(Activation activation, Vec x) {
   if (activation == Activation::relu) return x > 0.0f ? x : x != x ? x : Vec{};
@@ -164,6 +165,35 @@ void sum_rows(const T* input, float* sums, int64_t begin, int64_t end, int64_t c
   }
 }
 
+// Transposes rows [begin, end) and sums their columns. Two blocks of kWidth rows at a time, so that
+// bf16 columns are written in whole cache lines.
+template <class T>
+void transpose_rows(const T* input, T* out, float* sums, int64_t begin, int64_t end, int64_t cols,
+                    int64_t stride) {
+  for (int64_t c = 0; c < cols; ++c) sums[c] = 0;
+  for (int64_t first = begin; first < end; first += 2 * kWidth) {
+    for (int64_t c = 0; c < cols; c += kWidth) {
+      const int64_t n = cols - c;
+      Vec total = load_n(sums + c, n);
+      Vec block[2][kWidth];
+      for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < kWidth; ++i) {
+          const int64_t row = first + half * kWidth + i;
+          block[half][i] = row < end ? load_n(input + row * cols + c, n) : Vec{};
+          total += block[half][i];
+        }
+        transpose(block[half]);
+      }
+      store_n(sums + c, total, n);
+      for (int i = 0; i < smaller(n, kWidth); ++i) {
+        T* o = out + (c + i) * stride + first;
+        store(o, block[0][i]);
+        store(o + kWidth, block[1][i]);
+      }
+    }
+  }
+}
+
 // Calls f with (activation, drops) as compile-time constants.
 template <class F>
 void with_variant(Activation activation, bool drops, F&& f) {
@@ -244,6 +274,19 @@ void column_sum(int threads, DType dtype, const void* input, float* out, int64_t
     });
   });
   sum_partials(threads, partial.data, chunks, cols, out);
+}
+
+void transpose_sum(int threads, DType dtype, const void* input, int64_t rows, int64_t cols,
+                   void* out, int64_t stride, float* sums) {
+  const int64_t chunks = (rows + kRowsPerTranspose - 1) / kRowsPerTranspose;
+  const Floats partial(chunks * cols);
+  with_type(dtype, [&]<class T>(T*) {
+    parallel_for(threads, rows, kRowsPerTranspose, [&](int64_t begin, int64_t end) {
+      transpose_rows(static_cast<const T*>(input), static_cast<T*>(out),
+                     partial.data + begin / kRowsPerTranspose * cols, begin, end, cols, stride);
+    });
+  });
+  sum_partials(threads, partial.data, chunks, cols, sums);
 }
 
 void sum_partials(int threads, const float* partial, int64_t chunks, int64_t cols, float* out) {

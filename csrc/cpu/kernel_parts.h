@@ -14,6 +14,15 @@ void activation_bwd(int threads, DType, Activation, const void* saved, const flo
 void column_sum(int threads, DType, const void* input, float* out, int64_t rows, int64_t cols);
 void index_sum(int threads, DType, const void* input, const int32_t* index, int64_t rows,
                int64_t cols, int64_t size, float* out);
+void transpose_sum(int threads, DType, const void* input, int64_t rows, int64_t cols, void* out,
+                   int64_t stride, float* sums);
+void normalise_patches(int threads, DType, PatchShape, const uint8_t* pixels, const float* mean,
+                       const float* deviation, void* out, int64_t stride);
+void standardise_rows(int threads, DType, const float* input, const float* mean,
+                      const float* deviation, const bool* valid, int64_t rows, int64_t cols,
+                      void* out, int64_t stride);
+void add_position(int threads, DType, void* tokens, const float* bias, const float* position,
+                  const int32_t* index, int64_t period, int64_t size, int64_t rows, int64_t cols);
 void add_layer_norm_fwd(int threads, NormShape, const void* input, const void* residual,
                         const float* weight, const float* bias, float eps, void* normed,
                         void* summed, float* mean, float* rstd, Dropout);

@@ -83,6 +83,16 @@ struct MelPlan {
   const float* deviation;  // mels
 };
 
+// uint8 images (images, height, width, channels), cut into patches in reading order.
+struct PatchShape {
+  int64_t images;
+  int64_t height;
+  int64_t width;
+  int64_t channels;
+  int64_t patch_height;
+  int64_t patch_width;
+};
+
 struct Kernels {
   const char* name;
 
@@ -107,6 +117,26 @@ struct Kernels {
   // clamped.
   void (*index_sum)(int threads, DType, const void* input, const int32_t* index, int64_t rows,
                     int64_t cols, int64_t size, float* out);
+
+  // out (cols, rows) = input transposed, `stride` elements between its rows, a multiple of 32 of
+  // which those up to the next 32 are zeros; sums: the column sums of input.
+  void (*transpose_sum)(int threads, DType, const void* input, int64_t rows, int64_t cols,
+                        void* out, int64_t stride, float* sums);
+
+  // out = (pixels / 255 - mean) / deviation, one row of `stride` elements a patch, zeros beyond the
+  // patch's; mean and deviation per channel.
+  void (*normalise_patches)(int threads, DType, PatchShape, const uint8_t* pixels,
+                            const float* mean, const float* deviation, void* out, int64_t stride);
+  // out = (input - mean) / deviation in rows of `stride` elements, zeros beyond cols and in rows
+  // that are not valid; mean and deviation may be null, and valid.
+  void (*standardise_rows)(int threads, DType, const float* input, const float* mean,
+                           const float* deviation, const bool* valid, int64_t rows, int64_t cols,
+                           void* out, int64_t stride);
+  // tokens[row] += bias + position[index[row]], in place; index null: row modulo `period`. Indices
+  // are clamped to the `size` entries.
+  void (*add_position)(int threads, DType, void* tokens, const float* bias, const float* position,
+                       const int32_t* index, int64_t period, int64_t size, int64_t rows,
+                       int64_t cols);
 
   // summed = residual + dropout(input) (may be null), normed = layer norm of it; mean and rstd per
   // row.

@@ -77,6 +77,19 @@ UML_INLINE Vec load(const bf16* p) {
   return from_bf16(h);
 }
 
+UML_INLINE Vec load(const uint8_t* p) {
+#if defined(__AVX512F__)
+  // Zero-masked for the reason above.
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return __builtin_convertvector((VecI)_mm512_maskz_cvtepu8_epi32(0xFFFF, bytes), Vec);
+#else
+  typedef uint8_t VecB __attribute__((vector_size(kWidth)));
+  VecB bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, VecI), Vec);
+#endif
+}
+
 UML_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // Rounds to nearest even; NaN stays NaN.

@@ -47,9 +47,13 @@ def forward_backward(
 
 
 def to_float64(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same inputs with floating tensors in float64."""
+    """The same inputs with floating tensors, and the dtype asked for, in float64."""
     return {
-        n: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+        n: t.double()
+        if isinstance(t, Tensor) and t.is_floating_point()
+        else torch.float64
+        if isinstance(t, torch.dtype)
+        else t
         for n, t in inputs.items()
     }
 

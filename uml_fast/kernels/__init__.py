@@ -6,6 +6,7 @@ from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.add_rms_norm import add_rms_norm
 from uml_fast.kernels.dropout import dropout
 from uml_fast.kernels.feed_forward import feed_forward
+from uml_fast.kernels.image_stem import image_stem
 from uml_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from uml_fast.kernels.log_mel import log_mel
 from uml_fast.kernels.next_embedding_loss import next_embedding_loss
@@ -18,6 +19,7 @@ OPS = (
     "add_rms_norm",
     "dropout",
     "feed_forward",
+    "image_stem",
     "linear_cross_entropy",
     "log_mel",
     "next_embedding_loss",
@@ -35,6 +37,7 @@ __all__ = [
     "add_rms_norm",
     "dropout",
     "feed_forward",
+    "image_stem",
     "linear_cross_entropy",
     "log_mel",
     "next_embedding_loss",

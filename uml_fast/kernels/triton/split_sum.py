@@ -15,9 +15,9 @@ from uml_fast.kernels.triton.launch import launch, processors
 def split_count(tiles: int, blocks: int, waves: int = 2) -> int:
     """Parts of a reduction of ``blocks`` steps whose result has this many tiles.
 
-    Enough to fill the chip ``waves`` times; at most one per step, at least one.
+    As many as keep ``waves`` programs on every processor without a rest; at most one per step.
     """
-    return max(min(blocks, triton.cdiv(waves * processors(), max(tiles, 1))), 1)
+    return max(min(blocks, waves * processors() // max(tiles, 1)), 1)
 
 
 @triton.jit
