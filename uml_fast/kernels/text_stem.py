@@ -221,14 +221,14 @@ def text_stem(
         (C, D) tokens.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or strides that do not fit.
+        TypeError, ValueError: shapes, dtypes or strides that do not fit; ``out`` inside a compiled
+            graph.
         IndexError: an id outside the vocabulary, on the CPU.
-        RuntimeError: ``out`` inside a compiled graph.
     """
     _check(ids, weight, position, position_index, dtype, out)
     if torch.compiler.is_compiling():
         if out is not None:
-            raise RuntimeError(f"{NAME}: out is for eager mode; compile without it")
+            raise ValueError(f"{NAME}: out must be None inside a compiled graph")
         tokens: Tensor = _fwd_op(ids, weight, position, position_index, dtype)
     else:
         choice = _choose(backend, weight, position, dtype)
