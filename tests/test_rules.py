@@ -29,7 +29,7 @@ LAYERS = (
     ("recipes", "doctor", "cli"),
     ("analysis", "measure", "meter"),
     ("trial", "run", "summary", "report"),
-    ("train", "evaluate", "export"),
+    ("train", "evaluate", "export", "prepare", "inspect"),
 )
 """Parts of the package: each imports its own line and the lines above it, never one below."""
 

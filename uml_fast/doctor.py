@@ -26,6 +26,8 @@ PACKAGES = {
     "matplotlib": ("matplotlib", "curves in report.html"),
     "tensorboard": ("tensorboard", "TensorBoard events"),
     "espeakng_loader": ("espeakng-loader", "synthesised speech of the default recipe"),
+    "PIL": ("pillow", "images of your own"),
+    "soundfile": ("soundfile", "sounds of your own"),
     "webdataset": ("webdataset", "shards of your own data"),
     "nvidia.dali": ("nvidia-dali-cuda130", "DALI pipelines"),
 }

@@ -13,7 +13,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from uml_fast.files import cache_folder
 
 _SYNCHRONOUS, _DONT_EXIT = 2, 0x8000
 _UTF8, _POSITION_CHARACTER = 1, 1
@@ -144,12 +145,6 @@ def synthesise(text: str, voice: Voice, sample_rate: int = 16000) -> np.ndarray:
         raise SpeechError(f"voice {voice.name!r} says nothing for the text {text!r}")
     trimmed = wave[loud[0] : loud[-1] + 1]
     return np.clip(np.rint(trimmed), -32768, 32767).astype(np.int16)
-
-
-def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/uml_fast``, or ``~/.cache/uml_fast``."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "uml_fast"
 
 
 def spoken(

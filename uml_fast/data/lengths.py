@@ -1,0 +1,88 @@
+"""How long a stored sample is, read from the head of its bytes."""
+
+from __future__ import annotations
+
+import io
+from typing import BinaryIO
+
+import numpy as np
+
+from uml_fast.data.source import DataError
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+AUDIO = ("wav", "flac", "ogg")
+FEATURES = ("npy",)
+TEXT = ("txt",)
+
+KINDS = {
+    **dict.fromkeys(IMAGES, "images"),
+    **dict.fromkeys(AUDIO, "audio"),
+    **dict.fromkeys(FEATURES, "features"),
+    **dict.fromkeys(TEXT, "text"),
+}
+"""Extension of a payload -> kind of data; where a sample has several, the first of these wins."""
+
+UNITS = {
+    "images": ("height", "width"),
+    "audio": ("samples",),
+    "features": ("rows",),
+    "text": ("bytes",),
+}
+"""Kind -> what its length counts."""
+
+
+def length_of(extension: str, content: bytes) -> tuple[int, ...]:
+    """Length of a payload, as ``UNITS`` of its kind says.
+
+    Raises:
+        DataError: the content is not what the extension says.
+        ModuleNotFoundError: Pillow (images) or soundfile (audio) is missing.
+    """
+    kind = KINDS[extension]
+    if kind == "text":
+        return (len(content),)
+    if kind == "features":
+        return (npy_shape(content)[0],)
+    if kind == "images":
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                return image.height, image.width
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise DataError(f"not a readable image: {e}") from e
+    import soundfile
+
+    try:
+        return (soundfile.info(io.BytesIO(content)).frames,)
+    except (soundfile.LibsndfileError, TypeError) as e:
+        raise DataError(f"not a readable sound: {e}") from e
+
+
+def npy_shape(content: bytes) -> tuple[int, ...]:
+    """Shape of a stored array, its content unread.
+
+    Raises:
+        DataError: as ``npy_header``.
+    """
+    return npy_header(io.BytesIO(content))[0]
+
+
+def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, column order and type of a ``.npy`` file; its content begins where reading stopped.
+
+    Raises:
+        DataError: not a ``.npy`` file, or a single number.
+    """
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, is_fortran, dtype = read(file)
+    except (ValueError, KeyError, EOFError) as e:
+        raise DataError(f"not a readable .npy array: {e}") from e
+    if not shape:
+        raise DataError("a single number, not an array of rows")
+    return shape, is_fortran, dtype

@@ -1,0 +1,1 @@
+"""Files of one modality become shards: listing, conversion in parallel, writing, statistics."""
