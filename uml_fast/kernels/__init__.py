@@ -5,6 +5,7 @@ from importlib import import_module
 from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.add_rms_norm import add_rms_norm
 from uml_fast.kernels.dropout import dropout
+from uml_fast.kernels.feature_stem import feature_stem
 from uml_fast.kernels.feed_forward import feed_forward
 from uml_fast.kernels.image_stem import image_stem
 from uml_fast.kernels.linear_cross_entropy import linear_cross_entropy
@@ -18,6 +19,7 @@ OPS = (
     "add_layer_norm",
     "add_rms_norm",
     "dropout",
+    "feature_stem",
     "feed_forward",
     "image_stem",
     "linear_cross_entropy",
@@ -36,6 +38,7 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "dropout",
+    "feature_stem",
     "feed_forward",
     "image_stem",
     "linear_cross_entropy",

@@ -298,7 +298,7 @@ SPEC = KernelSpec(
         "ViT-S/16, cut": {
             "N": 8192, "H": 16, "W": 16, "channels": 3, "patch": (16, 16), "D": 384, "P": 196},
         "ViT-B/16": {"N": 24, "H": 224, "W": 224, "channels": 3, "patch": (16, 16), "D": 768},
-        "odd lines": {"N": 1, "H": 14, "W": 21, "channels": 3, "patch": (7, 7), "D": 150},
+        "odd lines": {"N": 64, "H": 14, "W": 21, "channels": 3, "patch": (7, 7), "D": 150},
     },
     flops=_flops,
     bytes=_bytes,

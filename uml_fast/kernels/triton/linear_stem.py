@@ -44,30 +44,34 @@ def _tile(size: int, widest: int) -> int:
     return min(128 if 8 * wide <= 9 * narrow else 64, widest)
 
 
-def split_config(rows: int, cols: int, depth: int, dtype: torch.dtype) -> LaunchConfig:
+def split_config(
+    rows: int, cols: int, depth: int, dtype: torch.dtype, is_aligned: bool
+) -> LaunchConfig:
     """Tiles of 128 x 128 x 64: 64 accumulators a thread leave room for the features on their way
     through registers. fp32 multiplies without tensor cores, where smaller tiles lose nothing:
-    64 x 64 x 32, of which a depth of 16 spills (8 bytes on sm_90)."""
-    if dtype == torch.float32:
-        block_rows, block_cols = _tile(rows, 64), _tile(cols, 64)
-        return LaunchConfig(block_rows, block_cols, 32, 8 if block_rows * block_cols > 2048 else 4,
-                            2)  # fmt: skip
-    block_rows, block_cols = _tile(rows, 128), _tile(cols, 128)
-    block_depth = min(max(triton.next_power_of_2(depth), 16), 64)
-    num_warps = 8 if block_rows * block_cols > 8192 else 4
-    return LaunchConfig(block_rows, block_cols, block_depth, num_warps, 3)
+    64 x 64 x 32, of which a depth of 16 spills for images (8 bytes on sm_90). Half the depth where
+    raw rows do not start at whole 16 bytes, as each element then has an address of its own."""
+    widest, deepest, num_stages = (64, 32, 2) if dtype == torch.float32 else (128, 64, 3)
+    if not is_aligned:
+        deepest //= 2
+    block_rows, block_cols = _tile(rows, widest), _tile(cols, widest)
+    block_depth = min(max(triton.next_power_of_2(depth), 16), deepest)
+    num_warps = 8 if block_rows * block_cols > (2048 if widest == 64 else 4096) else 4
+    return LaunchConfig(block_rows, block_cols, block_depth, num_warps, num_stages)
 
 
-def launch_config(rows: int, cols: int, depth: int, dtype: torch.dtype) -> LaunchConfig:
+def launch_config(
+    rows: int, cols: int, depth: int, dtype: torch.dtype, is_aligned: bool
+) -> LaunchConfig:
     """As where the sum is split, but rows are many, and 64 of them make a tile where 128 would
     leave processors idle."""
-    c = split_config(max(rows, 1), cols, depth, dtype)
-    wide = triton.cdiv(rows, 128) * triton.cdiv(cols, c.block_cols)
+    c = split_config(max(rows, 1), cols, depth, dtype, is_aligned)
     if rows <= 64 or dtype == torch.float32:
         return c
+    wide = triton.cdiv(rows, 128) * triton.cdiv(cols, c.block_cols)
     if wide < processors():
         return replace(c, block_rows=64, num_warps=4)
-    return replace(c, block_rows=128, num_warps=8 if c.block_cols > 64 else 4)
+    return replace(c, block_rows=128, num_warps=8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,11 @@ class RawRows:
     """0: rows are contiguous."""
     channels: int = 0
     """Of pixels; 0: features."""
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether 16 elements that follow each other can be loaded at once."""
+        return (self.line or self.features) % 16 == 0
 
     def arguments(self, affine: Tensor | None) -> tuple[Any, ...]:
         """What the kernels take first."""
@@ -260,7 +269,7 @@ def fwd(
     D = len(weight)
     if out is None:
         out = weight.new_empty(raw.rows, D, dtype=dtype)
-    c = launch_config(raw.rows, D, raw.features, dtype)
+    c = launch_config(raw.rows, D, raw.features, dtype, raw.is_aligned)
     cols = triton.cdiv(raw.features, c.block_depth) * c.block_depth
     cast, affine = _prepare(raw, weight, cols, dtype)
     launch(
@@ -278,7 +287,7 @@ def fwd(
 def _weight_gradient(grad_CD: Tensor, raw: RawRows) -> Tensor:
     """grad^T features, fp32 (D, E)."""
     D = grad_CD.shape[1]
-    c = split_config(D, raw.features, raw.rows, grad_CD.dtype)
+    c = split_config(D, raw.features, raw.rows, grad_CD.dtype, raw.is_aligned)
     tiles = triton.cdiv(D, c.block_rows) * triton.cdiv(raw.features, c.block_cols)
     blocks = triton.cdiv(raw.rows, c.block_depth)
     per_split = max(triton.cdiv(blocks, split_count(tiles, blocks)), 1)
