@@ -25,6 +25,7 @@ OPS = (
     "linear_cross_entropy",
     "log_mel",
     "next_embedding_loss",
+    "segment_attention",
     "segment_mean",
     "text_stem",
 )

@@ -74,8 +74,3 @@ def choose(op: str, backend: Backend, *tensors: Tensor) -> Choice:
 def implementation(op: str, choice: Choice) -> ModuleType:
     """The module with ``fwd`` and ``bwd`` of ``op``."""
     return importlib.import_module(f"uml_fast.kernels.{choice}.{op}")
-
-
-def has_kernel(op: str, backend: Backend, *tensors: Tensor) -> bool:
-    """Whether ``op`` runs natively on these tensors."""
-    return choose(op, backend, *tensors) == "native"

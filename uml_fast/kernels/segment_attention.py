@@ -5,11 +5,15 @@ For each segment (rows ``offsets[s] .. offsets[s + 1]``) and head:
     score = scale * query key^T;  prob = softmax(score);  out = dropout(prob) value
 
 Legend: T rows, H heads, D head dimension, S segments, L rows of a segment. Inputs and output in the
-working dtype (fp32 or bf16), which is also that of the operands of products; softmax and sums in
-fp32. FLOPs forward 4 L^2 D per head (half of it causal), backward 10 L^2 D; memory is 4 T H D
-elements forward, 7 T H D backward: scores never leave the cache. Saved for backward: the inputs and
-the fp32 log-sum-exp (T, H); masks are drawn again (rng.py, mask row t * H + h, column = key's
-position in its segment, max_len columns).
+working dtype (fp32, bf16, and fp16 on CUDA), which is also that of the operands of products; softmax
+and sums in fp32. FLOPs forward 4 L^2 D per head (half of it causal), backward 10 L^2 D; memory is
+4 T H D elements forward, 7 to 8 T H D backward: scores never leave the cache. Saved for backward:
+the inputs, the output (alive anyway, as the next layer's input) and the fp32 log-sum-exp (T, H);
+masks are drawn again (rng.py, mask row t * H + h, column = key's position in its segment, max_len
+columns).
+
+``key`` and ``value`` None mean everywhere inside that ``query`` is the packed (T, 3, H, D)
+projection; gradients of the three are always written in that layout.
 """
 
 from __future__ import annotations
@@ -21,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.backend import Backend, has_kernel
+from uml_fast.kernels.backend import Backend, Choice, choose, implementation
 from uml_fast.kernels.checks import check_floating, check_offsets, check_same
-from uml_fast.kernels.native.library import CODES, library, mask_arguments
+from uml_fast.kernels.op import differentiable
 from uml_fast.kernels.rng import check_dropout, keep_mask, keep_scale
+from uml_fast.kernels.spec import KernelSpec, Shape
 
 NAME = "segment_attention"
 
@@ -54,104 +59,6 @@ def segment_attention_reference(
     return torch.cat(out)
 
 
-def segment_attention_fwd(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_len: int, is_causal: bool,
-    scale: float, dropout_p: float, rng_key: Tensor | None, site: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Native (out (T, H, D), log-sum-exp fp32 (T, H))."""
-    T, H, D = query.shape
-    out = query.new_empty(T, H, D)
-    lse = query.new_empty(T, H, dtype=torch.float32)
-    library().attention_fwd(
-        torch.get_num_threads(), offsets.data_ptr(), len(offsets) - 1, H, D, max_len,
-        query.stride(0), is_causal, scale, CODES[query.dtype], query.data_ptr(), key.data_ptr(),
-        value.data_ptr(), out.data_ptr(), lse.data_ptr(), *mask_arguments(dropout_p, rng_key, site),
-    )  # fmt: skip
-    return out, lse
-
-
-def segment_attention_bwd(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, lse: Tensor,
-    max_len: int, is_causal: bool, scale: float, dropout_p: float, rng_key: Tensor | None,
-    site: int,
-) -> Tensor:  # fmt: skip
-    """Native gradients of query, key and value, packed as (T, 3, H, D)."""
-    T, H, D = query.shape
-    grad = query.new_empty(T, 3, H, D)
-    first = grad.data_ptr()
-    step = H * D * grad.element_size()
-    library().attention_bwd(
-        torch.get_num_threads(), offsets.data_ptr(), len(offsets) - 1, H, D, max_len,
-        query.stride(0), is_causal, scale, CODES[query.dtype], grad_out.data_ptr(),
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), lse.data_ptr(), first, first + step,
-        first + 2 * step, grad.stride(0), *mask_arguments(dropout_p, rng_key, site),
-    )  # fmt: skip
-    return grad
-
-
-@torch.library.custom_op("uml_fast::segment_attention_fwd", mutates_args=())
-def _fwd_op(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_len: int, is_causal: bool,
-    scale: float, dropout_p: float, rng_key: Tensor | None, site: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_offsets(NAME, offsets, len(query), max_len)
-    if has_kernel(NAME, "auto", query):
-        return segment_attention_fwd(
-            query, key, value, offsets, max_len, is_causal, scale, dropout_p, rng_key, site
-        )
-    out = segment_attention_reference(
-        query, key, value, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p,
-        rng_key=rng_key, site=site, scale=scale,
-    )  # fmt: skip
-    return out.contiguous(), query.new_zeros(query.shape[:2], dtype=torch.float32)
-
-
-@_fwd_op.register_fake
-def _(query, key, value, offsets, max_len, is_causal, scale, dropout_p, rng_key, site):
-    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
-
-
-@torch.library.custom_op("uml_fast::segment_attention_bwd", mutates_args=())
-def _bwd_op(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, lse: Tensor,
-    max_len: int, is_causal: bool, scale: float, dropout_p: float, rng_key: Tensor | None,
-    site: int,
-) -> Tensor:  # fmt: skip
-    if has_kernel(NAME, "auto", query):
-        return segment_attention_bwd(
-            grad_out.contiguous(), query, key, value, offsets, lse, max_len, is_causal, scale,
-            dropout_p, rng_key, site,
-        )  # fmt: skip
-    reference = functools.partial(
-        segment_attention_reference, offsets=offsets, max_len=max_len, is_causal=is_causal,
-        dropout_p=dropout_p, rng_key=rng_key, site=site, scale=scale,
-    )  # fmt: skip
-    pull = torch.func.vjp(reference, query, key, value)[1]
-    return torch.stack(pull(grad_out), 1)
-
-
-@_bwd_op.register_fake
-def _(grad_out, query, *_):
-    T, H, D = query.shape
-    return query.new_empty(T, 3, H, D)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, offsets, *options, rng_key, site = inputs
-    ctx.save_for_backward(query, key, value, offsets, output[1], rng_key)
-    ctx.options, ctx.site = options, site
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, rng_key = ctx.saved_tensors
-    grad = _bwd_op(grad_out, *saved, *ctx.options, rng_key, ctx.site)
-    return *grad.unbind(1), *[None] * 7
-
-
-_fwd_op.register_autograd(_backward, setup_context=_setup)
-
-
 def _unpack(
     query: Tensor, key: Tensor | None, value: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,36 +67,97 @@ def _unpack(
     return query, key, value
 
 
-class _SegmentAttention(torch.autograd.Function):
-    """The native kernels for eager mode, without the cost of the operator boundary.
+def _fwd(
+    choice: Choice, query: Tensor, key: Tensor | None, value: Tensor | None, offsets: Tensor,
+    max_len: int, is_causal: bool, scale: float, dropout_p: float, rng_key: Tensor | None,
+    site: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out (T, H, D), log-sum-exp fp32 (T, H))."""
+    q, k, v = _unpack(query, key, value)
+    if choice != "reference":
+        outputs: tuple[Tensor, Tensor] = implementation(NAME, choice).fwd(
+            q, k, v, offsets, max_len, is_causal, scale, dropout_p, rng_key, site
+        )
+        return outputs
+    out = segment_attention_reference(
+        q, k, v, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p, rng_key=rng_key,
+        site=site, scale=scale,
+    )  # fmt: skip
+    return out.contiguous(), q.new_zeros(q.shape[:2], dtype=torch.float32)
 
-    With ``key`` and ``value`` None, ``query`` is the packed (T, 3, H, D) projection and its
-    gradient comes back as one tensor.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor | None, value: Tensor | None, offsets: Tensor,
-                max_len: int, is_causal: bool, scale: float, dropout_p: float,
-                rng_key: Tensor | None, site: int) -> Tensor:  # fmt: skip
-        q, k, v = _unpack(query, key, value)
-        options = (max_len, is_causal, scale, dropout_p)
-        out, lse = segment_attention_fwd(q, k, v, offsets, *options, rng_key, site)
-        ctx.save_for_backward(query, key, value, offsets, lse, rng_key)
-        ctx.options, ctx.site = options, site
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, offsets, lse, rng_key = ctx.saved_tensors
-        q, k, v = _unpack(query, key, value)
-        max_len, is_causal, scale, dropout_p = ctx.options
-        grad = segment_attention_bwd(
-            grad_out.contiguous(), q, k, v, offsets, lse, max_len, is_causal, scale, dropout_p,
-            rng_key, ctx.site,
+def _bwd(
+    choice: Choice, grad_out: Tensor, query: Tensor, key: Tensor | None, value: Tensor | None,
+    offsets: Tensor, out: Tensor, lse: Tensor, max_len: int, is_causal: bool, scale: float,
+    dropout_p: float, rng_key: Tensor | None, site: int,
+) -> Tensor:  # fmt: skip
+    """Gradients of query, key and value, packed as (T, 3, H, D)."""
+    q, k, v = _unpack(query, key, value)
+    if choice != "reference":
+        grad: Tensor = implementation(NAME, choice).bwd(
+            grad_out.contiguous(), q, k, v, offsets, out, lse, max_len, is_causal, scale,
+            dropout_p, rng_key, site,
         )  # fmt: skip
-        grads = (grad, None, None) if key is None else grad.unbind(1)
-        return *grads, *[None] * 7
+        return grad
+    reference = functools.partial(
+        segment_attention_reference, offsets=offsets, max_len=max_len, is_causal=is_causal,
+        dropout_p=dropout_p, rng_key=rng_key, site=site, scale=scale,
+    )  # fmt: skip
+    pull = torch.func.vjp(reference, q, k, v)[1]
+    return torch.stack(pull(grad_out), 1)
+
+
+@torch.library.custom_op("uml_fast::segment_attention_fwd", mutates_args=())
+def _fwd_op(
+    query: Tensor, key: Tensor | None, value: Tensor | None, offsets: Tensor, max_len: int,
+    is_causal: bool, scale: float, dropout_p: float, rng_key: Tensor | None, site: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_offsets(NAME, offsets, len(query), max_len)
+    return _fwd(
+        choose(NAME, "auto", query), query, key, value, offsets, max_len, is_causal, scale,
+        dropout_p, rng_key, site,
+    )  # fmt: skip
+
+
+@_fwd_op.register_fake
+def _(query, key, value, offsets, max_len, is_causal, scale, dropout_p, rng_key, site):
+    T, H, D = query.shape[0], *query.shape[-2:]
+    return query.new_empty(T, H, D), query.new_empty(T, H, dtype=torch.float32)
+
+
+@torch.library.custom_op("uml_fast::segment_attention_bwd", mutates_args=())
+def _bwd_op(
+    grad_out: Tensor, query: Tensor, key: Tensor | None, value: Tensor | None, offsets: Tensor,
+    out: Tensor, lse: Tensor, max_len: int, is_causal: bool, scale: float, dropout_p: float,
+    rng_key: Tensor | None, site: int,
+) -> Tensor:  # fmt: skip
+    return _bwd(
+        choose(NAME, "auto", query), grad_out, query, key, value, offsets, out, lse, max_len,
+        is_causal, scale, dropout_p, rng_key, site,
+    )  # fmt: skip
+
+
+@_bwd_op.register_fake
+def _(grad_out, query, *_):
+    return query.new_empty(query.shape[0], 3, *query.shape[-2:])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, offsets, *options, rng_key, site = inputs
+    ctx.save_for_backward(query, key, value, offsets, *output, rng_key)
+    ctx.options, ctx.site = options, site
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *saved, rng_key = ctx.saved_tensors
+    arguments: tuple[Any, ...] = (grad_out, *saved, *ctx.options, rng_key, ctx.site)
+    grad = _bwd(ctx.choice, *arguments) if ctx.choice else _bwd_op(*arguments)
+    is_packed = saved[1] is None
+    return *((grad, None, None) if is_packed else grad.unbind(1)), *[None] * 7
+
+
+_apply = differentiable("SegmentAttention", _fwd, _fwd_op, _setup, _backward)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_len: int) -> None:
@@ -221,9 +189,9 @@ def segment_attention(
     """Softmax attention of every row to the rows of its segment.
 
     Args:
-        query, key, value: (T, H, D) fp32 or bf16 (the reference also takes float64), D in 1..256,
-            of
-            equal strides (any, D, 1): contiguous, or views of one (T, 3, H, D) projection.
+        query, key, value: (T, H, D) fp32 or bf16 (fp16 on CUDA; the reference also takes float64),
+            D in 1..256, of equal strides (any, D, 1): contiguous, or views of one (T, 3, H, D)
+            projection.
         offsets: int32 (S + 1,), first row of each segment, then T; segments may be empty.
         max_len: no segment is longer; part of the numbering of the dropout mask.
         is_causal: rows attend to themselves and to earlier rows only.
@@ -244,8 +212,8 @@ def segment_attention(
     options = (max_len, is_causal, scale, dropout_p, rng_key, site)
     if torch.compiler.is_compiling():
         out: Tensor = _fwd_op(query, key, value, offsets, *options)[0]
-    elif has_kernel(NAME, backend, query):
-        out = _SegmentAttention.apply(query, key, value, offsets, *options)
+    elif (choice := choose(NAME, backend, query)) != "reference":
+        out = _apply(choice, query, key, value, offsets, *options)[0]
     else:
         out = segment_attention_reference(
             query, key, value, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p,
@@ -263,17 +231,97 @@ def packed_segment_attention(
 
     Its gradient is written in place of the projection's layout, which saves the stacking of three.
     """
-    query, key, value = qkv.unbind(1)
-    eager = not torch.compiler.is_compiling()
-    if not (eager and qkv.is_contiguous() and has_kernel(NAME, backend, qkv)):
-        return segment_attention(
-            query, key, value, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p,
-            rng_key=rng_key, site=site, scale=scale, backend=backend,
-        )  # fmt: skip
+    if qkv.ndim != 4 or qkv.shape[1] != 3 or not qkv.is_contiguous():
+        raise ValueError(
+            f"{NAME}: qkv is {list(qkv.shape)} of strides {list(qkv.stride())}; it must be "
+            "contiguous [rows, 3, heads, head_dim]"
+        )
     check_dropout(NAME, dropout_p, rng_key)
-    _check(query, key, value, offsets, max_len)
+    _check(*qkv.unbind(1), offsets, max_len)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
-    out: Tensor = _SegmentAttention.apply(
-        qkv, None, None, offsets, max_len, is_causal, scale, dropout_p, rng_key, site
-    )
+    options = (max_len, is_causal, scale, dropout_p, rng_key, site)
+    if torch.compiler.is_compiling():
+        out: Tensor = _fwd_op(qkv, None, None, offsets, *options)[0]
+    elif (choice := choose(NAME, backend, qkv)) != "reference":
+        out = _apply(choice, qkv, None, None, offsets, *options)[0]
+    else:
+        out = segment_attention_reference(
+            *qkv.unbind(1), offsets, max_len, is_causal=is_causal, dropout_p=dropout_p,
+            rng_key=rng_key, site=site, scale=scale,
+        )  # fmt: skip
     return out
+
+
+def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    lengths, H, D = shape["lengths"], shape["H"], shape["D"]
+    qkv = torch.randn(sum(lengths), 3, H, D, generator=generator).to(dtype)
+    query, key, value = qkv.unbind(1)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "offsets": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "max_len": shape.get("max_len", max(lengths, default=0)),
+        "is_causal": shape.get("is_causal", False),
+        "dropout_p": shape.get("dropout_p", 0.0),
+        "rng_key": torch.tensor([0x1234_5678_9ABC_DEF0]),
+        "scale": shape.get("scale"),
+    }
+
+
+def _flops(shape: Shape) -> tuple[float, float]:
+    """Two products of L^2 D forward and five backward, half of them where rows look back only."""
+    pairs = sum(n * n for n in shape["lengths"]) / (1 + shape.get("is_causal", False))
+    product = 2.0 * pairs * shape["H"] * shape["D"]
+    return 2 * product, 5 * product
+
+
+def _bytes(shape: Shape, size: int) -> tuple[float, float]:
+    """Three reads and a write; backward reads the output and its gradient too, writes three."""
+    tensor = float(size * sum(shape["lengths"]) * shape["H"] * shape["D"])
+    return 4 * tensor, 8 * tensor
+
+
+SPEC = KernelSpec(
+    name=NAME,
+    function=segment_attention,
+    inputs=_inputs,
+    gradients=("query", "key", "value"),
+    tests={
+        "no rows": {"lengths": (), "H": 2, "D": 8},
+        "empty segments, a prime, a block of 16 and one more": {
+            "lengths": (0, 13, 0, 16, 17, 1, 0), "H": 2, "D": 8, "is_causal": True,
+            "dropout_p": 0.3,
+        },
+        "a long bucket for short segments, padded head": {
+            "lengths": (3, 65, 64), "H": 1, "D": 24, "max_len": 224, "dropout_p": 0.1,
+        },
+        "ViT and text in one pack": {"lengths": (77, 197), "H": 1, "D": 64},
+        "longer than a tile, with dropout": {
+            "lengths": (5, 290), "H": 2, "D": 16, "dropout_p": 0.1,
+        },
+        "longer than a tile, causal": {"lengths": (257, 130), "H": 1, "D": 8, "is_causal": True},
+    },
+    benches={
+        "multibench d 150": {
+            "lengths": (50, 31, 19, 7, 44, 24) * 28, "H": 5, "D": 30, "is_causal": True,
+            "dropout_p": 0.1,
+        },
+        "ViT-S": {"lengths": (197,) * 332, "H": 6, "D": 64},
+        "text": {"lengths": (77,) * 851, "H": 6, "D": 64, "is_causal": True},
+        "image and text": {"lengths": (197, 77) * 239, "H": 6, "D": 64, "max_len": 224},
+        "512": {"lengths": (512,) * 128, "H": 12, "D": 64},
+        "ViT-L, 512, D 128": {"lengths": (512,) * 128, "H": 8, "D": 128},
+    },
+    aot={
+        "multibench d 150": {
+            "lengths": (5,), "max_len": 50, "H": 5, "D": 30, "is_causal": True, "dropout_p": 0.1,
+        },
+        "ViT-S": {"lengths": (5,), "max_len": 224, "H": 6, "D": 64},
+        "text": {"lengths": (5,), "max_len": 80, "H": 6, "D": 64, "is_causal": True},
+        "512": {"lengths": (5,), "max_len": 512, "H": 12, "D": 64},
+        "512, D 128": {"lengths": (5,), "max_len": 512, "H": 8, "D": 128},
+    },
+    flops=_flops,
+    bytes=_bytes,
+)  # fmt: skip
