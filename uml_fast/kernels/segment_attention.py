@@ -5,12 +5,12 @@ For each segment (rows ``offsets[s] .. offsets[s + 1]``) and head:
     score = scale * query key^T;  prob = softmax(score);  out = dropout(prob) value
 
 Legend: T rows, H heads, D head dimension, S segments, L rows of a segment. Inputs and output in the
-working dtype (fp32, bf16, and fp16 on CUDA), which is also that of the operands of products; softmax
-and sums in fp32. FLOPs forward 4 L^2 D per head (half of it causal), backward 10 L^2 D; memory is
-4 T H D elements forward, 7 to 8 T H D backward: scores never leave the cache. Saved for backward:
-the inputs, the output (alive anyway, as the next layer's input) and the fp32 log-sum-exp (T, H);
-masks are drawn again (rng.py, mask row t * H + h, column = key's position in its segment, max_len
-columns).
+working dtype (fp32, bf16, and fp16 on CUDA), which is also that of the operands of products;
+softmax and sums in fp32. FLOPs forward 4 L^2 D per head (half of it causal), backward 10 L^2 D;
+memory is 4 T H D elements forward, 7 to 8 T H D backward: scores never leave the cache. Saved for
+backward: the inputs, the output (alive anyway, as the next layer's input) and the fp32 log-sum-exp
+(T, H); masks are drawn again (rng.py, mask row t * H + h, column = key's position in its segment,
+max_len columns).
 
 ``key`` and ``value`` None mean everywhere inside that ``query`` is the packed (T, 3, H, D)
 projection; gradients of the three are always written in that layout.

@@ -76,24 +76,25 @@ def tile_config(
     if direction == "fwd":
         return LaunchConfig(min(block_n, 64), block_n, num_warps, 1)
     if block_n * block_d > 64 * 64:
-        return LaunchConfig(64 if block_n <= 128 and block_d <= 64 else 32, block_n, 8, 1)
+        is_small = block_n <= 128 and block_d <= 64 and arch() >= 90
+        return LaunchConfig(64 if is_small else 32, block_n, 8, 1)
     return LaunchConfig(min(block_n, 64 if arch() >= 90 else 32), block_n, num_warps, 1)
 
 
 _LONG = {
     (True, 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
     (True, 128): ((128, 64, 8, 3), (128, 64, 8, 2), (32, 128, 8, 2)),
-    (True, 256): ((128, 64, 8, 2), (32, 64, 8, 1), (64, 32, 8, 1)),
+    (True, 256): ((128, 64, 8, 2), (32, 64, 8, 1), (32, 32, 8, 1)),
     (False, 64): ((128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2)),
     (False, 128): ((128, 64, 8, 3), (64, 64, 8, 2), (32, 64, 8, 2)),
     (False, 256): ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
 }
 """(has wgmma or its successor, columns) -> (queries, keys, warps, stages) of the forward pass, dQ
-and dK with dV: the largest tiles without spills, and at 64 columns forward and dQ stay within 128
-registers on sm_90, so that two blocks share an SM."""
+and dK with dV, whose query blocks divide its key blocks: the largest tiles without spills. At 64
+columns forward and dQ stay within 128 registers on sm_90, so that two blocks share an SM."""
 
 _LONG_FP32 = {
-    64: ((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)),
+    64: ((64, 32, 8, 2), (16, 32, 4, 1), (16, 32, 8, 1)),
     128: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }

@@ -22,6 +22,7 @@ from uml_fast.kernels.triton.segment_attention_parts import (
     find_block,
     is_seen,
     load_tile,
+    probabilities,
     store_tile,
 )
 
@@ -103,7 +104,7 @@ def _bwd_keys(
         k = load_tile(key_ptr, STRIDE, length - at, D, BLOCK_N, q.shape[1], IS_MASKED)
         v = load_tile(value_ptr, STRIDE, length - at, D, BLOCK_N, q.shape[1], IS_MASKED)
         key = at + tl.arange(0, BLOCK_N)[None, :]
-        p = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale_log2 - lse)
+        p = probabilities(dot(q, tl.trans(k), PRECISION), scale_log2, lse)
         if IS_MASKED:
             p = tl.where(is_seen(query, key, length, IS_CAUSAL), p, 0.0)
         grad_p = dot(go, tl.trans(v), PRECISION)
@@ -132,7 +133,7 @@ def _delta_keys(
         k = load_tile(key_ptr, STRIDE, length - at, D, BLOCK_N, q.shape[1], True)
         v = load_tile(value_ptr, STRIDE, length - at, D, BLOCK_N, q.shape[1], True)
         key = at + tl.arange(0, BLOCK_N)[None, :]
-        p = tl.exp2(dot(q, tl.trans(k), PRECISION) * scale_log2 - lse)
+        p = probabilities(dot(q, tl.trans(k), PRECISION), scale_log2, lse)
         p = tl.where(is_seen(query, key, length, IS_CAUSAL), p, 0.0)
         grad_p = dot(go, tl.trans(v), PRECISION)
         if DROP:

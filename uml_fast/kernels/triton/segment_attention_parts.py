@@ -109,6 +109,12 @@ def attend(
 
 
 @triton.jit
+def probabilities(s, scale_log2, lse):
+    """exp2(s * scale_log2 - lse) of pairs that see each other; at most one where they do not."""
+    return tl.exp2(tl.minimum(s * scale_log2 - lse, 0.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def attend_bwd(
     q, go, k, v, grad_k, grad_v, lse, delta, query, key, length, H, mask_row, max_len, scale_log2,
     rng, threshold, KEEP_SCALE: tl.constexpr, DROP: tl.constexpr, IS_CAUSAL: tl.constexpr,
@@ -116,11 +122,13 @@ def attend_bwd(
 ):  # fmt: skip
     """grad_k, grad_v (N, D) after one more tile of queries, and the scores' gradient (N, M).
 
-    All without the scale. Scores are transposed, keys down and queries across, so that the products
-    with grad_k and grad_v take them from registers. lse (base 2), delta and query are (1, M), key
-    is (N, 1). The order keeps few tiles alive: probabilities are used up before their gradient.
+    All without the scale. Keys behind the segment's end need no mask: they are zeros, as queries
+    there are, so they add nothing to grad_q, and nobody stores their rows. Scores are transposed,
+    keys down and queries across, so that the products that make grad_k and grad_v take them from
+    registers. lse (base 2), delta and query are (1, M), key is (N, 1). The order keeps few tiles
+    alive: probabilities are used up before their gradient is made.
     """
-    p = tl.exp2(dot(k, tl.trans(q), PRECISION) * scale_log2 - lse)
+    p = probabilities(dot(k, tl.trans(q), PRECISION), scale_log2, lse)
     if IS_MASKED:
         p = tl.where(is_seen(query, key, length, IS_CAUSAL), p, 0.0)
     if DROP:

@@ -151,7 +151,7 @@ def _bwd_tile(
         lse = tl.load(lse_ptr + mask_row + query * H, mask=query < length, other=0.0)
         grad_k, grad_v, grad_s = attend_bwd(
             q, go, k, v, grad_k, grad_v, lse, delta, query, key, length, H, mask_row, max_len,
-            scale_log2, rng, threshold, KEEP_SCALE, DROP, IS_CAUSAL, True, PRECISION,
+            scale_log2, rng, threshold, KEEP_SCALE, DROP, IS_CAUSAL, IS_CAUSAL, PRECISION,
         )  # fmt: skip
         grad_q = tl.trans(dot(tl.trans(k), grad_s, PRECISION)) * scale
         at = (token * 3 * H + head) * D
