@@ -237,7 +237,8 @@ def packed_segment_attention(
             "contiguous [rows, 3, heads, head_dim]"
         )
     check_dropout(NAME, dropout_p, rng_key)
-    _check(*qkv.unbind(1), offsets, max_len)
+    query, key, value = qkv.unbind(1)
+    _check(query, key, value, offsets, max_len)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     options = (max_len, is_causal, scale, dropout_p, rng_key, site)
     if torch.compiler.is_compiling():
@@ -246,7 +247,7 @@ def packed_segment_attention(
         out = _apply(choice, qkv, None, None, offsets, *options)[0]
     else:
         out = segment_attention_reference(
-            *qkv.unbind(1), offsets, max_len, is_causal=is_causal, dropout_p=dropout_p,
+            query, key, value, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p,
             rng_key=rng_key, site=site, scale=scale,
         )  # fmt: skip
     return out
