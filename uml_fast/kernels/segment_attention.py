@@ -121,8 +121,9 @@ def _fwd_op(
 
 @_fwd_op.register_fake
 def _(query, key, value, offsets, max_len, is_causal, scale, dropout_p, rng_key, site):
-    T, H, D = query.shape[0], *query.shape[-2:]
-    return query.new_empty(T, H, D), query.new_empty(T, H, dtype=torch.float32)
+    rows_heads = query.shape[0], query.shape[-2]
+    lse = query.new_empty(rows_heads, dtype=torch.float32)
+    return query.new_empty(*rows_heads, query.shape[-1]), lse
 
 
 @torch.library.custom_op("uml_fast::segment_attention_bwd", mutates_args=())
