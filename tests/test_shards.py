@@ -63,6 +63,16 @@ def test_members_written_here_are_read_by_tarfile_and_by_the_scanner(tmp_path_fa
     assert found == {f"{n}.txt": c for n, c in files.items()}
 
 
+@given(NAMES, st.integers(0, 8**11 - 1))
+def test_a_header_is_that_of_tarfile(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    assert header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+    for long, big in ((name + "x" * 100, size), (name, 8**11)):
+        with pytest.raises(ValueError, match="does not fit"):
+            header(long, big)
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
