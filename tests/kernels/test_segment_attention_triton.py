@@ -153,6 +153,14 @@ def test_no_rows(lengths: list[int], max_len: int) -> None:
     assert results["gradient of qkv"].shape == (0, 3, 2, 8)
 
 
+def test_query_blocks_of_the_walk_divide_its_key_blocks() -> None:
+    """The causal part of a key block is whole query blocks, also on chips no test here runs."""
+    from uml_fast.kernels.triton.segment_attention import _LONG, _LONG_FP32
+
+    for *_, (queries, keys, *_) in (*_LONG.values(), *_LONG_FP32.values()):
+        assert keys % queries == 0
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6),

@@ -4,7 +4,7 @@ Segments that fit one tile (ViT and text) go through segment_attention_tile, lon
 segment_attention_long. Nothing is read back by the host: S, T and ``max_len`` fix every grid. Row
 strides and heads are compile-time constants, fixed for a model: addresses become immediates, which
 took the backward tile of 256 keys from spilling to 249 registers and the forward walk from 138 to
-125 (two blocks of 8 warps an SM instead of one).
+123 (two blocks of 8 warps an SM instead of one).
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ and dK with dV, whose query blocks divide its key blocks: the largest tiles with
 columns forward and dQ stay within 128 registers on sm_90, so that two blocks share an SM."""
 
 _LONG_FP32 = {
-    64: ((64, 32, 8, 2), (16, 32, 4, 1), (16, 32, 8, 1)),
+    32: ((64, 32, 8, 2), (16, 32, 4, 1), (16, 32, 8, 1)),
+    64: ((64, 32, 8, 2), (16, 16, 4, 1), (16, 32, 8, 1)),
     128: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
     256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
@@ -103,9 +104,10 @@ _LONG_FP32 = {
 
 def long_config(kernel: Literal["fwd", "bwd_query", "bwd_key"], query: Tensor) -> LaunchConfig:
     """Tiles of the walk over longer segments."""
-    columns = max(_block_d(query), 64)
-    is_wide = query.dtype == torch.float32
-    row = _LONG_FP32[columns] if is_wide else _LONG[arch() >= 90, columns]
+    if query.dtype == torch.float32:
+        row = _LONG_FP32[max(_block_d(query), 32)]
+    else:
+        row = _LONG[arch() >= 90, max(_block_d(query), 64)]
     return LaunchConfig(*row[("fwd", "bwd_query", "bwd_key").index(kernel)])
 
 

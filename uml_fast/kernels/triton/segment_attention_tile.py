@@ -119,7 +119,7 @@ def _segment_attention_fwd_kernel_tile(
     else:
         _fwd_tile(query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, length, STRIDE, H, mask_row,
                   max_len, scale_log2, rng, threshold, KEEP_SCALE, DROP, IS_CAUSAL, IS_NEGATED, D,
-                  BLOCK_D, BLOCK_M, min(BLOCK_N, 64), 0, 0, PRECISION)  # fmt: skip
+                  BLOCK_D, BLOCK_M, 64 if BLOCK_N > 64 else BLOCK_N, 0, 0, PRECISION)  # fmt: skip
 
 
 @triton.jit
@@ -187,4 +187,5 @@ def _segment_attention_bwd_kernel_tile(
     else:
         _bwd_tile(grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, grad_ptr, first,
                   length, head, STRIDE, H, max_len, scale, scale_log2, rng, threshold, KEEP_SCALE,
-                  DROP, IS_CAUSAL, D, BLOCK_D, BLOCK_M, min(BLOCK_N, 64), PRECISION)  # fmt: skip
+                  DROP, IS_CAUSAL, D, BLOCK_D, BLOCK_M, 64 if BLOCK_N > 64 else BLOCK_N,
+                  PRECISION)  # fmt: skip
