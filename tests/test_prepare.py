@@ -18,12 +18,16 @@ from tests.made_files import (
     problems,
     run,
     samples,
+    sound,
     tar,
     write,
 )  # fmt: skip
 from uml_fast import cli
 from uml_fast.config import ConfigError
-from uml_fast.data.prepare.items import Moments
+from uml_fast.data.prepare.audio import AudioConverter
+from uml_fast.data.prepare.features import FeatureConverter
+from uml_fast.data.prepare.images import ImageConverter
+from uml_fast.data.prepare.items import Item, Moments, Problem, Sample
 from uml_fast.data.prepare.listing import natural_order, parse_split
 from uml_fast.data.shards import ShardSet, read_manifest
 from uml_fast.data.source import DataError
@@ -255,6 +259,34 @@ class TestImages:
         with pytest.raises(DataError, match=r"1 of 102|2 of 102"):
             run("images", source, tmp_path / "out3", "--max-errors", "0")
         run("images", source, tmp_path / "out2", "--max-errors", "2")
+
+
+@pytest.mark.parametrize("form", ["jpg", "png", "webp", "wav", "flac", "ogg", "npy"])
+def test_flipped_bytes_give_a_sample_or_a_problem(tmp_path, form):
+    array = io.BytesIO()
+    np.save(array, np.ones((5, 3), np.float32))
+    whole, converter = {
+        "jpg": (image(0), ImageConverter(6, True, 90)),
+        "png": (image(0, form="PNG"), ImageConverter(0, False, 90)),
+        "webp": (image(0, form="WEBP"), ImageConverter(6, False, 90)),
+        "wav": (sound(0), AudioConverter(8000, True)),
+        "flac": (sound(0, form="FLAC"), AudioConverter(8000, False)),
+        "ogg": (sound(0, form="OGG"), AudioConverter(8000, False)),
+        "npy": (array.getvalue(), FeatureConverter(3, True)),
+    }[form]
+    rng = np.random.default_rng(0)
+    path = tmp_path / "x"
+    good = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        # half of the flips in the header
+        for place in rng.integers(0, [len(data), 60][rng.integers(2)], 3):
+            data[min(place, len(data) - 1)] = rng.integers(256)
+        path.write_bytes(data)
+        made = converter.result(Item("x", None, None, path, 0, len(data)))
+        good += isinstance(made, Sample)
+        assert isinstance(made, Problem) or (made.payload and min(made.length) > 0)
+    assert good < 60
 
 
 def test_moments_in_parts_are_those_of_the_whole():

@@ -60,6 +60,9 @@ class TestAudio:
         write(source / "k" / "noise.wav", b"RIFF" + bytes(100))
         write(source / "k" / "zero.ogg", b"")
         write(source / "k" / "silent.wav", sound(0, 0))
+        odd = bytearray(sound(0))
+        odd[24:28] = (123_456_789).to_bytes(4, "little")
+        write(source / "k" / "rate.wav", bytes(odd))
         nan = io.BytesIO()
         soundfile.write(nan, np.array([0.0, np.nan]), 8000, format="WAV", subtype="FLOAT")
         write(source / "k" / "nan.wav", nan.getvalue())
@@ -68,10 +71,11 @@ class TestAudio:
         assert made["splits"]["train"]["samples"] == 2
         assert {k: v for k, v in found.items() if "cut" not in k} == {
             "k/noise.wav": "broken sound", "k/zero.ogg": "empty file",
-            "k/silent.wav": "empty sound", "k/nan.wav": "not finite",
+            "k/rate.wav": "wrong sample rate", "k/silent.wav": "empty sound",
+            "k/nan.wav": "not finite",
         }  # fmt: skip
         cut = {v for k, v in found.items() if "cut" in k}
-        assert len(found) == 7 and cut <= {"truncated sound", "broken sound"}
+        assert len(found) == 8 and cut <= {"truncated sound", "broken sound"}
 
     def test_statistics_are_peak_and_rms(self, tmp_path):
         for i in range(6):

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.made_files import ALL, SKIP, problems, run, samples
+from uml_fast.data.prepare import restricted
 from uml_fast.data.prepare.restricted import load_arrays
 from uml_fast.data.shards import ShardSet
 from uml_fast.data.source import DataError
@@ -82,13 +83,16 @@ class TestArrays:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, np.full((i + 1, width), i, np.float16))
         (tmp_path / "in" / "k" / "cut.npy").write_bytes(path.read_bytes()[:100])
+        odd = path.read_bytes().replace(b"'shape': (", b"'shape': ((")
+        (tmp_path / "in" / "k" / "odd.npy").write_bytes(odd)
         np.save(tmp_path / "in" / "k" / "words.npy", np.array([["a", "b", "c", "d"]]))
         run("features", tmp_path / "in", tmp_path / "out", *ALL, *SKIP)
         assert {k: v.shape for k, v in arrays(tmp_path / "out").items()} == {
             f"k/{i}": (i + 1, 4) for i in range(3)
         }
         assert problems(tmp_path / "out") == {
-            "k/3.npy": "wrong width", "k/cut.npy": "broken array", "k/words.npy": "not numbers",
+            "k/3.npy": "wrong width", "k/cut.npy": "broken array", "k/odd.npy": "broken array",
+            "k/words.npy": "not numbers",
         }  # fmt: skip
 
     def test_nan_and_missing_labels_are_named_and_skipped(self, tmp_path):
@@ -199,6 +203,14 @@ class TestRestrictedPickles:
         with pytest.raises(DataError, match=name):
             load_arrays(path)
         assert not mark.exists()
+
+    def test_cannot_change_what_it_is_lent(self, tmp_path):
+        # BUILD with the slot state {"__defaults__": ()} upon the stand-in for numpy's scalar
+        code = b"\x80\x02cnumpy.core.multiarray\nscalar\nN}U\x0c__defaults__)s\x86b."
+        (tmp_path / "a.pkl").write_bytes(code)
+        before = restricted._scalar.__defaults__
+        load_arrays(tmp_path / "a.pkl")
+        assert before and restricted._scalar.__defaults__ == before
 
     def test_names_the_global(self, tmp_path):
         path = dump(tmp_path / "a.pkl", Evil(os.system, ("true",)))

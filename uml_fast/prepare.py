@@ -158,8 +158,8 @@ class Audio(PrepareConfig):
     def __post_init__(self) -> None:
         super(Audio, self).__post_init__()
         require(
-            self.sample_rate == 0 or 1000 <= self.sample_rate <= 655350,
-            f"sample-rate is {self.sample_rate}; it must be in 1000..655350 Hz",
+            self.sample_rate == 0 or 1000 <= self.sample_rate <= audio.MAX_RATE,
+            f"sample-rate is {self.sample_rate}; it must be in 1000..{audio.MAX_RATE} Hz",
         )
 
     def find(self) -> Found:

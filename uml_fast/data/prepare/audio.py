@@ -19,6 +19,9 @@ EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff",
 _STORED = {"WAV": "wav", "WAVEX": "wav", "FLAC": "flac", "OGG": "ogg"}
 _PROBED = 100
 
+MAX_RATE = 384_000
+"""Highest rate in Hz; a broken header's rate would make a filter of any length."""
+
 
 @dataclass(frozen=True, slots=True)
 class AudioConverter(Converter):
@@ -86,6 +89,8 @@ def _decoded(content: bytes) -> tuple[np.ndarray, int, str | None]:
             expected, rate, form = file.frames, file.samplerate, file.format
     except (soundfile.LibsndfileError, TypeError, ValueError) as e:
         raise BadSample("broken sound", reason(e)) from e
+    if not 1 <= rate <= MAX_RATE:
+        raise BadSample("wrong sample rate", f"{rate} Hz, more than {MAX_RATE} Hz")
     if len(wave) == 0:
         raise BadSample("empty sound", "it has no samples")
     if len(wave) < expected:

@@ -78,5 +78,7 @@ def _array(item: Item) -> np.ndarray:
         if item.place is None:
             return np.asarray(item.value)
         return np.load(io.BytesIO(item.read()), allow_pickle=False)
-    except (ValueError, EOFError) as e:
+    except BadSample:
+        raise
+    except Exception as e:  # numpy parses a header as Python, and passes on what that raises
         raise BadSample("broken array", reason(e)) from e
