@@ -16,7 +16,7 @@ from uml_fast.data.lengths import UNITS
 from uml_fast.data.prepare import arrays, audio, features, images, text
 from uml_fast.data.prepare.arrays import Names, find_arrays
 from uml_fast.data.prepare.build import PROBLEMS, Job, build
-from uml_fast.data.prepare.files import find_files
+from uml_fast.data.prepare.folders import find_files
 from uml_fast.data.prepare.items import Converter, Item
 from uml_fast.data.prepare.listing import Found, Listing, order
 from uml_fast.data.prepare.pool import usable_cores
