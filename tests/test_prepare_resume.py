@@ -247,7 +247,7 @@ class Dies(Converter):
 
 def test_a_worker_that_dies_is_said_with_the_files_it_may_have_died_of(monkeypatch):
     monkeypatch.setattr(pool, "_CHUNK_ITEMS", 2)
-    items = [Item(f"in/{i}", None, None, ROOT) for i in range(8)]
+    items = [Item(f"in/{i}", None, None) for i in range(8)]
     with pytest.raises(DataError, match=r"a worker process died, .* between in/\d and in/\d"):
         list(pool.convert_all(items, Dies(), 2))
 

@@ -108,7 +108,8 @@ def test_out_is_written_in_place_with_its_gradient(backend: str) -> None:
         tokens = op(**x, out=buffer[2:11])
         assert tokens.data_ptr() == buffer[2:].data_ptr()
         assert buffer[[0, 1, 11]].eq(7).all()
-        return buffer[2:11]
+        assert torch.equal(tokens, buffer[2:11]) and not buffer.requires_grad
+        return tokens
 
     want = forward_backward(op, inputs, PARAMETERS)
     assert_equal(forward_backward(through_buffer, inputs, PARAMETERS), want)

@@ -136,12 +136,12 @@ class ShardSet:
     def verify(self) -> Iterator[str]:
         """Compare every shard with its checksum and its index; yields each fault found."""
         for number, path in enumerate(self.paths):
+            if self.sha256 and sha256_of(path) != self.sha256[number]:
+                yield f"{path}: its content is not what it was when it was made (sha256)"
+                continue
             try:
-                if self.sha256 and sha256_of(path) != self.sha256[number]:
-                    yield f"{path}: its content is not what it was when it was made (sha256)"
-                    continue
                 seen, _ = scan(path)
-            except (DataError, OSError) as e:
+            except DataError as e:
                 yield str(e)
                 continue
             rows = self.index.shard == number
@@ -178,14 +178,13 @@ def _open_prepared(folder: Path, split: str | None) -> ShardSet:
     if split is None and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
-        which = "name one of them" if split is None else f"{split!r} is none of them"
-        raise DataError(f"{folder} has the splits {', '.join(splits)}; {which}")
+        raise DataError(f"{folder} has the splits {', '.join(splits)}; {split!r} is none of them")
     try:
         shards = [(folder / s["file"], s["bytes"], s["sha256"]) for s in splits[split]["shards"]]
         names = tuple(manifest["class_names"])
-        paths, sizes, digests = zip(*shards, strict=True)
-    except (KeyError, TypeError, ValueError) as e:
-        raise DataError(f"{folder / MANIFEST} is not whole ({e}); prepare the data again") from e
+    except (KeyError, TypeError) as e:
+        raise DataError(f"{folder / MANIFEST} lacks {e}; prepare the data again") from e
+    paths, sizes, digests = zip(*shards, strict=True)
     for path, size in zip(paths, sizes, strict=True):
         if not path.is_file():
             raise DataError(f"{path} is missing; copy it there or prepare the data again")

@@ -126,8 +126,6 @@ def _(grad, rows, weight, bias, position, *_):
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:8])
     ctx.inputs = len(inputs)
-    if ctx.inputs == 10 and inputs[9] is not None:
-        ctx.mark_dirty(inputs[9])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,8 +154,9 @@ def feature_stem(
         mean, deviation: (F,), used in fp32, or both None: rows are used as they are.
         valid: bool (C,), False where a row's features count as zeros whatever it holds, or None.
         dtype: of the product and tokens, fp32 or bf16 (fp16 on CUDA).
-        out: contiguous (C, D) of ``dtype``, such as rows of a pack's tokens: written and returned
-            instead of a new tensor. Eager mode only.
+        out: contiguous (C, D) of ``dtype``, such as rows of a pack's tokens: written instead of
+            a new tensor. The tensor returned shares its memory and carries the gradient; ``out``
+            itself does not. Eager mode only.
         backend: for tests.
 
     Returns:
@@ -199,10 +198,11 @@ def feature_stem(
         return tokens
     if deviation is not None:
         check_deviation(NAME, deviation, "feature")
-    if (choice := _choose(backend, weight, dtype)) != "reference":
-        tokens = _apply(choice, *arguments, dtype, out)
+    choice = _choose(backend, weight, dtype)
+    if choice == "reference" and out is None:
+        tokens = feature_stem_reference(*arguments, dtype=dtype)
     else:
-        tokens = into(out, feature_stem_reference(*arguments, dtype=dtype))
+        tokens = _apply(choice, *arguments, dtype, out)
     return tokens
 
 

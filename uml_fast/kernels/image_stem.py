@@ -146,8 +146,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:7])
     ctx.patch_size = inputs[7:9]
     ctx.inputs = len(inputs)
-    if ctx.inputs == 11 and inputs[10] is not None:
-        ctx.mark_dirty(inputs[10])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -180,8 +178,9 @@ def image_stem(
         mean, deviation: (channels,) in units of pixel / 255; used in fp32.
         patch_size: (height, width) of a patch; they divide H and W.
         dtype: of the products and tokens, fp32 or bf16 (fp16 on CUDA).
-        out: contiguous (C, D) of ``dtype``, such as rows of a pack's tokens: written and returned
-            instead of a new tensor. Eager mode only.
+        out: contiguous (C, D) of ``dtype``, such as rows of a pack's tokens: written instead of
+            a new tensor. The tensor returned shares its memory and carries the gradient; ``out``
+            itself does not. Eager mode only.
         backend: for tests.
 
     Returns:
@@ -215,12 +214,13 @@ def image_stem(
     tokens: Tensor
     if torch.compiler.is_compiling():
         tokens = _fwd_op(*arguments, *patch_size, dtype)
-    elif (choice := _choose(backend, weight, dtype)) != "reference":
-        check_deviation(NAME, deviation, "channel")
-        tokens = _apply(choice, *arguments, *patch_size, dtype, out)
+        return tokens
+    check_deviation(NAME, deviation, "channel")
+    choice = _choose(backend, weight, dtype)
+    if choice == "reference" and out is None:
+        tokens = image_stem_reference(*arguments, patch_size=patch_size, dtype=dtype)
     else:
-        check_deviation(NAME, deviation, "channel")
-        tokens = into(out, image_stem_reference(*arguments, patch_size=patch_size, dtype=dtype))
+        tokens = _apply(choice, *arguments, *patch_size, dtype, out)
     return tokens
 
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from uml_fast.config import ModalityConfig, require
+from uml_fast.kernels.feature_stem import feature_stem
+from uml_fast.kernels.log_mel import log_mel
 from uml_fast.modalities.base import Modality
 from uml_fast.pack import RegionRows
-
-_FLOOR = 1e-6
-"""Added to the mel power before the logarithm: -60 dB of full scale."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,25 +68,6 @@ def to_rows(waveform: np.ndarray, row_samples: int) -> np.ndarray:
     return rows.reshape(n, row_samples)
 
 
-def mel_filters(sample_rate: int, window: int, mels: int) -> Tensor:
-    """Triangular HTK-scale mel filters (window // 2 + 1, mels): peak 1, 0 to sample_rate / 2 Hz."""
-    hertz = torch.linspace(0, sample_rate / 2, window // 2 + 1, dtype=torch.float64)
-    top = 2595 * np.log10(1 + sample_rate / 2 / 700)
-    edges = 700 * (10 ** (torch.linspace(0, top, mels + 2, dtype=torch.float64) / 2595) - 1)
-    rising = (hertz[:, None] - edges[None, :-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[None, 2:] - hertz[:, None]) / (edges[2:] - edges[1:-1])
-    return torch.minimum(rising, falling).clamp(min=0).float()
-
-
-def windowed_dft(window: int) -> Tensor:
-    """Periodic Hann and real DFT: (window, 2 * (window // 2 + 1)), cosines, then sines."""
-    n = torch.arange(window, dtype=torch.float64)
-    k = torch.arange(window // 2 + 1, dtype=torch.float64)
-    angle = 2 * torch.pi * n[:, None] * k[None, :] / window
-    hann = 0.5 - 0.5 * torch.cos(2 * torch.pi * n / window)
-    return (hann[:, None] * torch.cat((angle.cos(), -angle.sin()), 1)).float()
-
-
 class Audio(Modality):
     """``tokens = Linear((log(mel(|DFT(frames)|^2) + 1e-6) - mean) / deviation) + position``.
 
@@ -96,8 +76,6 @@ class Audio(Modality):
     """
 
     row_dtype = "int16"
-    dft: Tensor
-    filters: Tensor
     mean: Tensor
     deviation: Tensor
 
@@ -108,38 +86,44 @@ class Audio(Modality):
         )  # fmt: skip
         self.config = config
         self.row_elems = config.row_samples
-        self.register_buffer("dft", windowed_dft(config.window), persistent=False)
-        filters = mel_filters(config.sample_rate, config.window, config.mels)
-        self.register_buffer("filters", filters, persistent=False)
         self.register_buffer("mean", torch.zeros(config.mels))
         self.register_buffer("deviation", torch.ones(config.mels))
 
-    def log_mel(self, raw: Tensor, continues: Tensor) -> Tensor:
-        """int16 (C, row_samples) to log-mel (C, frames, mels) fp32, not normalised.
+    def log_mel(
+        self,
+        raw: Tensor,
+        continues: Tensor,
+        mean: Tensor | None = None,
+        deviation: Tensor | None = None,
+    ) -> Tensor:
+        """int16 (C, row_samples) to log-mel (C, frames * mels) fp32.
 
-        ``continues`` is bool (C,), True where the next row belongs to the same sound.
+        ``continues`` is bool (C,), True where the next row belongs to the same sound; with ``mean``
+        and ``deviation`` the bands are normalised.
         """
         c = self.config
-        overlap = c.window - c.hop
-        samples = raw.float() / 32768
-        following = torch.zeros_like(samples[:, :overlap])
-        following[:-1] = samples[1:, :overlap] * continues[:-1, None]
-        frames = torch.cat((samples, following), 1).unfold(1, c.window, c.hop)
-        real, imaginary = (frames @ self.dft).chunk(2, -1)
-        power = real.square() + imaginary.square()
-        # a full-scale sine at a bin's centre has power (window / 4)^2 under the Hann window
-        return (power @ self.filters * (4 / c.window) ** 2 + _FLOOR).log()
+        return log_mel(
+            raw, continues, frames=c.frames, window=c.window, sample_rate=c.sample_rate,
+            mels=c.mels, mean=mean, deviation=deviation,
+        )  # fmt: skip
 
     def fit(self, rows: np.ndarray, offsets: np.ndarray) -> None:
         continues = torch.ones(len(rows), dtype=torch.bool)
         continues[torch.from_numpy(offsets[1:] - 1)] = False
-        mel = self.log_mel(torch.from_numpy(rows), continues).flatten(0, 1)
+        mel = self.log_mel(torch.from_numpy(rows), continues).view(-1, self.config.mels)
         self.mean.copy_(mel.mean(0))
         self.deviation.copy_(mel.std(0).clamp(min=1e-3))
 
     def features(self, region: RegionRows) -> Tensor:
-        mel = self.log_mel(region.raw, region.continues_C())
-        return ((mel - self.mean) / self.deviation).flatten(1)
+        return self.log_mel(region.raw, region.continues_C(), self.mean, self.deviation)
+
+    def embed(
+        self, region: RegionRows, features: Tensor | None, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
+        features = self.features(region) if features is None else features
+        return feature_stem(
+            features, *self.stem_arguments(region), None, None, None, dtype=dtype, out=out
+        )
 
     def describe(self, sample: np.ndarray) -> dict[str, Any]:
         file = io.BytesIO()

@@ -60,7 +60,7 @@ class Modality(nn.Module):
         """Set normalisation statistics from the raw rows of the training samples."""
 
     def features(self, region: RegionRows) -> Tensor:
-        """Raw rows to float features (C, F) fp32: input of the stem and target of the decoder."""
+        """Raw rows to float features (C, F) fp32: target of the decoder."""
         raise NotImplementedError
 
     def describe(self, sample: np.ndarray) -> dict[str, Any]:
@@ -80,18 +80,26 @@ class Modality(nn.Module):
                 f"{self.max_positions}; raise it or cut the samples"
             )
 
-    def embed(self, region: RegionRows, features: Tensor, dtype: torch.dtype) -> Tensor:
-        """Tokens (C, D) in ``dtype``."""
-        tokens: Tensor = self.stem(features.to(dtype))
-        if self.position is not None:
-            tokens = tokens + self.positions_of(region).to(dtype)
-        return tokens
+    def embed(
+        self, region: RegionRows, features: Tensor | None, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
+        """Tokens (C, D) in ``dtype``, from the raw rows.
 
-    def positions_of(self, region: RegionRows) -> Tensor:
-        """Learned position of each row (C, D)."""
-        assert self.position is not None
-        # rows of padding may lie beyond the table
-        return self.position[region.position_C.clamp(max=self.max_positions - 1).long()]
+        Args:
+            region: the rows.
+            features: what ``features`` gives for them, where something else needs it too.
+            dtype: of the products and tokens.
+            out: rows of the pack's tokens that are written and returned; None: a new tensor.
+        """
+        raise NotImplementedError
+
+    def stem_arguments(
+        self, region: RegionRows
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Weight, bias, positions and the position of each row, as the stem ops take them."""
+        assert isinstance(self.stem, nn.Linear)
+        index = region.position_C if self.position is not None else None
+        return self.stem.weight, self.stem.bias, self.position, index
 
     def prediction_loss(self, hidden_CD: Tensor, features: Tensor, region: RegionRows) -> Tensor:
         """Mean squared error of the next row's features, over rows that have one (paper 1.2)."""

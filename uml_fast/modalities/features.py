@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from uml_fast.config import ModalityConfig, require
+from uml_fast.kernels.feature_stem import feature_stem
 from uml_fast.modalities.base import Modality
 from uml_fast.pack import RegionRows
 
@@ -64,6 +65,15 @@ class Features(Modality):
     def features(self, region: RegionRows) -> Tensor:
         rows = region.raw
         return (rows - self.mean) / self.deviation if self.standardise else rows
+
+    def embed(
+        self, region: RegionRows, features: Tensor | None, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
+        mean, deviation = (self.mean, self.deviation) if self.standardise else (None, None)
+        return feature_stem(
+            region.raw, *self.stem_arguments(region), mean, deviation, region.valid_C, dtype=dtype,
+            out=out,
+        )  # fmt: skip
 
     def describe(self, sample: np.ndarray) -> dict[str, Any]:
         return {"kind": "features", "values": np.round(sample[:8, :16].astype(float), 3).tolist()}

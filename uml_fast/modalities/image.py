@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from uml_fast.config import ModalityConfig, require
+from uml_fast.kernels.image_stem import image_stem
 from uml_fast.modalities.base import Modality
 from uml_fast.pack import RegionRows
 
@@ -106,6 +107,15 @@ class Image(Modality):
         pixels = region.raw.float().view(len(region.raw), -1, self.config.channels)
         scale = 1 / (255 * self.deviation)
         return torch.addcmul(-self.mean / self.deviation, pixels, scale).flatten(1)
+
+    def embed(
+        self, region: RegionRows, features: Tensor | None, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
+        size = (self.config.patch_height, self.config.patch_width)
+        return image_stem(
+            region.raw.view(-1, *size, self.config.channels), *self.stem_arguments(region),
+            self.mean, self.deviation, patch_size=size, dtype=dtype, out=out,
+        )  # fmt: skip
 
     def describe(self, sample: np.ndarray) -> dict[str, Any]:
         image = from_patches(sample, self.config)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from uml_fast.config import ModalityConfig, require
 from uml_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from uml_fast.kernels.text_stem import text_stem
 from uml_fast.modalities.base import Modality
 from uml_fast.pack import RegionRows
 
@@ -64,8 +65,14 @@ class Text(Modality):
         """Token ids int64 (C,)."""
         return region.raw[:, 0].long()
 
-    def embed(self, region: RegionRows, features: Tensor, dtype: torch.dtype) -> Tensor:
-        return (self.stem(features) + self.positions_of(region)).to(dtype)
+    def embed(
+        self, region: RegionRows, features: Tensor | None, dtype: torch.dtype, out: Tensor | None
+    ) -> Tensor:
+        assert isinstance(self.stem, nn.Embedding)
+        return text_stem(
+            region.raw[:, 0], self.stem.weight, self.position, region.position_C, dtype=dtype,
+            out=out,
+        )  # fmt: skip
 
     def prediction_loss(self, hidden_CD: Tensor, features: Tensor, region: RegionRows) -> Tensor:
         """Cross-entropy of the next id, over rows that have one (paper 1.1)."""

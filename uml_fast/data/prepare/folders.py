@@ -153,18 +153,8 @@ def _walk(source: Path) -> tuple[dict[str, Item], set[str]]:
     def refuse(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}; make the folder readable") from error
 
-    seen: set[tuple[int, int]] = set()
-
-    def is_new(folder: Path) -> bool:
-        """Whether a folder was not seen yet; links may lead round in a circle."""
-        stat = folder.stat()
-        before = len(seen)
-        seen.add((stat.st_dev, stat.st_ino))
-        return len(seen) > before
-
-    is_new(source)
     for here, inner, names in os.walk(source, onerror=refuse, followlinks=True):
-        inner[:] = sorted(d for d in inner if not _is_litter(d) and is_new(Path(here) / d))
+        inner[:] = sorted(d for d in inner if not _is_litter(d))
         base = Path(here).relative_to(source)
         folders |= {(base / d).as_posix() for d in inner}
         for name in names:

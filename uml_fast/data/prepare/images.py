@@ -19,7 +19,7 @@ EXTENSIONS = (
 )  # fmt: skip
 """Files that are taken as images."""
 
-_STORED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+_STORED = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _ORIENTATION = 0x0112
 _VALUES = np.arange(256, dtype=np.float64)
 
@@ -60,10 +60,9 @@ class ImageConverter(Converter):
             raise BadSample("unknown pixels", f"mode {image.mode}; store 8 bits per channel")
         if image.mode == "CMYK":
             notes.append("CMYK image")
-        # MPO is a JPEG with more pictures behind it, such as previews
-        if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        if getattr(image, "n_frames", 1) > 1:
             notes.append("first frame of an animation")
-        is_turned = _is_turned(image)
+        is_turned = image.getexif().get(_ORIENTATION, 1) != 1
         stored = _STORED.get(image.format or "")
         extension = stored or "png"
         small = self._resized(image)
@@ -85,7 +84,7 @@ class ImageConverter(Converter):
         side = self.resize
         if not side or (short == side and (image.width == image.height or not self.crop)):
             return None
-        upright = ImageOps.exif_transpose(image) if _is_turned(image) else image
+        upright = ImageOps.exif_transpose(image)
         if upright.mode not in ("L", "RGB", "LA", "RGBA"):
             upright = upright.convert("RGBA" if upright.has_transparency_data else "RGB")
         width, height = (max(side, round(n * side / short)) for n in upright.size)
@@ -94,13 +93,6 @@ class ImageConverter(Converter):
             return resized
         left, top = (width - side) // 2, (height - side) // 2
         return resized.crop((left, top, left + side, top + side))
-
-
-def _is_turned(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # broken metadata of an image that is whole
-        return False
 
 
 def _encoded(image: Image.Image, extension: str, quality: int) -> bytes:

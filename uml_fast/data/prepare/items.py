@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-_BLOCK_ROWS = 1 << 20
-
 
 class Problem(NamedTuple):
     """An input that became no sample."""
@@ -90,15 +88,10 @@ class Moments:
 
     @staticmethod
     def of(values: np.ndarray) -> Moments:
-        """Those of (n, C) values, n >= 1; float64 copies are of one block of rows at a time."""
-        total = None
-        for start in range(0, len(values), _BLOCK_ROWS):
-            x = values[start : start + _BLOCK_ROWS].astype(np.float64)
-            mean = x.mean(0)
-            block = Moments(len(x), mean, ((x - mean) ** 2).sum(0), float(np.abs(x).max()))
-            total = total + block if total else block
-        assert total is not None
-        return total
+        """Those of (n, C) values, n >= 1."""
+        x = values.astype(np.float64)
+        mean = x.mean(0)
+        return Moments(len(x), mean, ((x - mean) ** 2).sum(0), float(np.abs(x).max()))
 
     def __add__(self, other: Moments) -> Moments:
         n = self.count + other.count

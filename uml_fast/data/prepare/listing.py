@@ -88,12 +88,7 @@ def order(found: Found, split: str, seed: int) -> Listing:
     items = []
     seen: set[str] = set()
     for item in found.items:
-        if not _is_utf8(item.name, item.label, item.split):
-            name = ascii(item.name)[1:-1]
-            problems.append(
-                Problem(name, "invalid UTF-8", "in its name, class or split; rename it")
-            )
-        elif item.name in seen:
+        if item.name in seen:
             problems.append(
                 Problem(item.name, "duplicate key", "named before; the first one is used")
             )
@@ -105,8 +100,7 @@ def order(found: Found, split: str, seed: int) -> Listing:
         example = f"; the first: {problems[0].file}: {problems[0].detail}" if problems else ""
         raise DataError(f"no input can be used ({kinds or 'the source is empty'}){example}")
     class_names = natural_order(
-        {c for c in found.classes if _is_utf8(c)}
-        | {item.label for item in items if item.label is not None}
+        found.classes | {item.label for item in items if item.label is not None}
     )
     number = {name: i for i, name in enumerate(class_names)}
     splits: dict[str, list[tuple[bytes, str, int, Item]]] = {}
@@ -130,21 +124,13 @@ def order(found: Found, split: str, seed: int) -> Listing:
 def natural_order(names: Iterable[str]) -> tuple[str, ...]:
     """Class names sorted; as numbers if all of them are, so that class "10" is not number 2."""
     try:
-        return tuple(sorted(names, key=lambda name: (int(name), name)))
+        return tuple(sorted(names, key=int))
     except ValueError:
         return tuple(sorted(names))
 
 
-def _is_utf8(*texts: str | None) -> bool:
-    try:
-        "".join(text or "" for text in texts).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _digest(name: str, seed: int, purpose: str) -> bytes:
-    text = f"{seed}\0{purpose}\0{name}".encode()
+    text = f"{seed}\0{purpose}\0{name}".encode(errors="surrogateescape")
     return hashlib.blake2b(text, digest_size=16).digest()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -35,15 +34,14 @@ def convert_all(
 ) -> Generator[Result, None, None]:
     """``converter.result`` of every item, in order, whatever the number of workers.
 
-    With one worker, or items whose values were read by the listing (sending them costs more than
-    converting them), or so few that starting processes costs more, it runs in this process.
+    With one worker, or so few items that starting processes costs more, it runs in this process.
 
     Raises:
         DataError: a worker process died; the message names the files it may have died of.
     """
     chunks = list(_chunks(items))
     workers = min(workers, len(chunks))
-    if workers <= 1 or items[0].place is None:
+    if workers <= 1:
         yield from map(converter.result, items)
         return
     context = multiprocessing.get_context("spawn")  # forking a process with threads can hang
@@ -52,10 +50,8 @@ def convert_all(
         waiting = iter(chunks)
         running: deque[tuple[Sequence[Item], Future[list[Result]]]] = deque()
         while True:
-            # the first call starts the processes, which must not see a Ctrl-C before they ignore it
-            with _uninterrupted():
-                for chunk in islice(waiting, workers * _AHEAD - len(running)):
-                    running.append((chunk, pool.submit(_convert, converter, chunk)))
+            for chunk in islice(waiting, workers * _AHEAD - len(running)):
+                running.append((chunk, pool.submit(_convert, converter, chunk)))
             if not running:
                 return
             chunk, future = running.popleft()
@@ -83,19 +79,6 @@ def _chunks(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
 
 def _convert(converter: Converter, items: Sequence[Item]) -> list[Result]:
     return [converter.result(item) for item in items]
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C for a moment; processes that are started in it ignore it for ever."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread gets it
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _start_worker() -> None:
