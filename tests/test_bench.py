@@ -40,7 +40,7 @@ def test_the_planner_fills_packs_of_the_mosi_shape_with_one_shape(shape: StepSha
     config = mosi(shape.width, shape.batch)
     streams = [
         Stream(name=s.name, lengths=s.lengths, row_elems=s.rows.shape[1], dtype=s.rows.dtype.name)
-        for s in config.data.load(0, "uml").train
+        for s in config.load(0, "uml").train
     ]
     layouts = make_layouts(streams, config.mix)
     planner = Planner(streams, layouts, config.mix, seed=0)

@@ -22,7 +22,7 @@ STEPS = 4
 
 
 def loader(config: RunConfig, device: str) -> Loader:
-    sources = config.data.load(0, "uml").train
+    sources = config.load(0, "uml").train
     return Loader(sources, layouts_of(sources, config.mix), config.mix, seed=0, device=device)
 
 

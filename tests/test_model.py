@@ -37,7 +37,7 @@ KINDS = pytest.mark.parametrize("backbone", BACKBONES, ids=["pre", "post", "none
 
 def batch_of(config: RunConfig, counts: dict[str, int], seed: int = 0) -> PackedBatch:
     """A pack of the first samples of each modality."""
-    sources = config.data.load(seed, "uml").train
+    sources = config.load(seed, "uml").train
     (layout,) = layouts_of(sources, config.mix)
     samples = {s.name: [s.sample(i) for i in range(counts.get(s.name, 0))] for s in sources}
     labels = {s.name: s.labels[: counts.get(s.name, 0)].tolist() for s in sources}
@@ -47,7 +47,7 @@ def batch_of(config: RunConfig, counts: dict[str, int], seed: int = 0) -> Packed
 @KINDS
 def test_embedding_of_a_sample_depends_on_that_sample_alone(backbone: TransformerConfig) -> None:
     config = dataclasses.replace(tiny(), backbone=backbone)
-    model = build_model(config, config.data.load(0, "uml"), 0)
+    model = build_model(config, config.load(0, "uml"), 0)
     model.dtype = torch.float32
     full = batch_of(config, {"image": 5, "audio": 2, "text": 4, "features": 3})
     lonely = batch_of(config, {"image": 1, "features": 1})
@@ -63,7 +63,7 @@ def test_every_parameter_gets_a_gradient(backbone: TransformerConfig, kind: str)
     objective = ObjectiveConfig(kind=kind, classes=3, learn_scale=True, project=("image",))  # type: ignore[arg-type]
     metric = "error" if kind == "next_embedding" else "head"
     config = dataclasses.replace(tiny(), backbone=backbone, objective=objective, metric=metric)
-    model = build_model(config, config.data.load(0, "uml"), 0)
+    model = build_model(config, config.load(0, "uml"), 0)
     batch = batch_of(config, {"image": 5, "audio": 2, "text": 4, "features": 3})
     total(losses(model, batch, config, torch.tensor([3])), config).backward()
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
@@ -72,7 +72,7 @@ def test_every_parameter_gets_a_gradient(backbone: TransformerConfig, kind: str)
 
 def test_causal_rows_do_not_see_later_ones() -> None:
     config = dataclasses.replace(tiny_prediction(), backbone=BACKBONES[1])
-    model = build_model(config, config.data.load(0, "uml"), 0)
+    model = build_model(config, config.load(0, "uml"), 0)
     model.dtype = torch.float32
     batch = batch_of(config, {"features": 1})
     rows = batch.layout.row_slice(3)
@@ -85,7 +85,7 @@ def test_causal_rows_do_not_see_later_ones() -> None:
 
 def test_samples_without_a_label_do_not_enter_the_loss() -> None:
     config = tiny()
-    model = build_model(config, config.data.load(0, "uml"), 0)
+    model = build_model(config, config.load(0, "uml"), 0)
     batch = batch_of(config, {"image": 4})
     batch.label_S[2:4] = -1
     labelled = batch_of(config, {"image": 2})
@@ -118,12 +118,12 @@ def test_head_rows_are_normalised_class_means_where_there_are_samples() -> None:
 def test_head_starts_from_the_class_means_of_the_named_modality() -> None:
     objective = ObjectiveConfig(classes=3, init_head_from="text")
     config = dataclasses.replace(tiny(), objective=objective)
-    task = config.data.load(0, "uml")
+    task = config.load(0, "uml")
     model = build_model(config, task, 0)
     assert model.head is not None
     norms = model.head.weight.norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(3))
-    alone = build_model(config.for_mode("unimodal"), config.data.load(0, "unimodal"), 0)
+    alone = build_model(config.for_mode("unimodal"), config.load(0, "unimodal"), 0)
     assert alone.head is not None
     assert not torch.allclose(alone.head.weight.norm(dim=1), torch.ones(3))
 
@@ -141,7 +141,7 @@ def test_projection_and_scale_act_on_their_modality_alone() -> None:
 
 def test_bf16_follows_fp32() -> None:
     config = dataclasses.replace(tiny(), backbone=BACKBONES[0])
-    model = build_model(config, config.data.load(0, "uml"), 0)
+    model = build_model(config, config.load(0, "uml"), 0)
     batch = batch_of(config, {"image": 5, "audio": 2, "text": 4, "features": 3})
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -157,7 +157,7 @@ def test_bf16_follows_fp32() -> None:
 
 def test_compiled_losses_equal_eager_ones() -> None:
     config = dataclasses.replace(tiny(), backbone=BACKBONES[0])
-    model = build_model(config, config.data.load(0, "uml"), 0)
+    model = build_model(config, config.load(0, "uml"), 0)
     batch = batch_of(config, {"image": 5, "audio": 2, "text": 4, "features": 3})
     key = torch.tensor([3])
     torch._dynamo.reset()

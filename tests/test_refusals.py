@@ -17,7 +17,7 @@ from uml_fast.trial import build_model
 
 def test_data_that_does_not_fit_the_stem_is_named() -> None:
     config = tiny()
-    task = config.data.load(0, "uml")
+    task = config.load(0, "uml")
     wrong = tuple(
         dataclasses.replace(m, size=7) if m.name == "features" else m for m in config.modalities
     )
@@ -27,7 +27,7 @@ def test_data_that_does_not_fit_the_stem_is_named() -> None:
 
 def test_wrong_labels_and_missing_classes_are_named() -> None:
     config = tiny()
-    task = config.data.load(0, "uml")
+    task = config.load(0, "uml")
     fewer = dataclasses.replace(config, objective=dataclasses.replace(config.objective, classes=2))
     with pytest.raises(DataError, match=r"sample \S+ has label 2, objective\.classes is 2"):
         build_model(fewer, task, 0)

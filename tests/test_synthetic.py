@@ -70,7 +70,7 @@ def test_too_few_samples_for_the_classes_are_refused(field: str) -> None:
 @pytest.mark.parametrize("recipe", [throughput, mixed])
 def test_recipe_matches_its_data(recipe: object) -> None:
     config = recipe()
-    task = config.data.load(0, "uml")
+    task = config.load(0, "uml")
     for modality, source in zip(config.modalities, task.train, strict=True):
         stem = modality.build(config.backbone.width, config.backbone.width, False)
         stem.check(int(source.lengths.max()), source.rows.shape[1], source.rows.dtype.name)

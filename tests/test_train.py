@@ -246,7 +246,7 @@ def test_modes_of_a_seed_start_from_the_same_shared_weights() -> None:
     config = tiny()
     task = SyntheticConfig(shape="mixed", samples=40, held_out=12, classes=3).load(3, "uml")
     both = build_model(config, task, 3).state_dict()
-    alone_task = config.data.load(3, "unimodal")
+    alone_task = config.load(3, "unimodal")
     alone = build_model(config.for_mode("unimodal"), alone_task, 3).state_dict()
     assert alone.keys() < both.keys()
     for name in alone:
@@ -319,7 +319,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_measured(tmp_path: Pa
 )
 def test_unimodal_packs_have_the_target_rows_of_a_joint_pack(mix: MixConfig) -> None:
     config = dataclasses.replace(tiny(), mix=mix)
-    task = config.data.load(0, "unimodal")
+    task = config.load(0, "unimodal")
     _, (layout,) = trial.plan_mix(config, "unimodal", task, 0)
     assert layout.rows == pytest.approx(700 / 4, rel=0.1)
 

@@ -59,8 +59,15 @@ class ModalityConfig:
 class DataConfig:
     """Where a run's samples come from. Subclasses in ``uml_fast/data/`` implement ``load``."""
 
-    def load(self, seed: int, mode: str) -> Task:
-        """The samples of one trial: those of a seed, for ``unimodal`` or ``uml``."""
+    def present(self, modalities: tuple[ModalityConfig, ...]) -> tuple[ModalityConfig, ...]:
+        """Those of a run's modalities that there is data for."""
+        return modalities
+
+    def load(self, seed: int, mode: str, run: RunConfig | None = None) -> Task:
+        """The samples of one trial: those of a seed, for ``unimodal`` or ``uml``.
+
+        ``run`` is the configuration of the run in that mode; files are decoded for its modalities.
+        """
         raise NotImplementedError
 
 
@@ -86,7 +93,7 @@ class ObjectiveConfig:
     kind: Literal["next_embedding", "classification"] = "classification"
     """next_embedding: predict a segment's next row; classification: one head for all modalities."""
     classes: int = 0
-    """Number of classes of the shared head; 0 where there is none."""
+    """Number of classes of the shared head; 0: as many as the data names."""
     label_smoothing: float = 0.0
     """Label smoothing of the cross-entropy, 0..1."""
     project: tuple[str, ...] = ()
@@ -99,7 +106,9 @@ class ObjectiveConfig:
     def __post_init__(self) -> None:
         if self.kind == "classification":
             require(
-                self.classes >= 2, f"objective.classes is {self.classes}; classification needs >= 2"
+                self.classes == 0 or self.classes >= 2,
+                f"objective.classes is {self.classes}; classification needs >= 2, or 0 for as many "
+                "as the data names",
             )
         require(0 <= self.label_smoothing < 1, "objective.label_smoothing must be in [0, 1)")
 
@@ -237,6 +246,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check_finite(self)
+        object.__setattr__(self, "modalities", self.data.present(self.modalities))
         names = [m.name for m in self.modalities]
         require(len(set(names)) == len(names), f"modality names are not unique: {names}")
         require(self.target in names, f"target {self.target!r} is not among the modalities {names}")
@@ -276,6 +286,17 @@ class RunConfig:
     def modality(self, name: str) -> ModalityConfig:
         """The configuration of the modality called ``name``."""
         return next(m for m in self.modalities if m.name == name)
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        if self.resume not in ("auto", "never"):
+            return Path(self.resume)
+        return self.out or Path("runs") / Path(self.recipe.split(":")[0]).stem
+
+    def load(self, seed: int, mode: str) -> Task:
+        """The samples of one trial."""
+        return self.data.load(seed, mode, self.for_mode(mode))
 
     def for_mode(self, mode: str) -> RunConfig:
         """The configuration of one mode: ``unimodal`` keeps the target modality alone."""

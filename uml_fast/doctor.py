@@ -27,6 +27,7 @@ PACKAGES = {
     "tensorboard": ("tensorboard", "TensorBoard events"),
     "espeakng_loader": ("espeakng-loader", "synthesised speech of the default recipe"),
     "PIL": ("pillow", "images of your own"),
+    "simplejpeg": ("simplejpeg", "JPEG images of your own"),
     "soundfile": ("soundfile", "sounds of your own"),
     "webdataset": ("webdataset", "shards of your own data"),
     "nvidia.dali": ("nvidia-dali-cuda130", "DALI pipelines"),

@@ -53,7 +53,7 @@ def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task
         raise CheckpointError(
             f"{place} holds no checkpoint; trials there are: {finished_trials(folder)}"
         )
-    task = config.data.load(seed, mode)
+    task = config.load(seed, mode)
     model = build_model(config, task, seed)
     prefix = "best/" if any(k.startswith("best/") for k in saved.tensors) else "model/"
     weights = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}

@@ -15,7 +15,7 @@ from torch import Tensor
 from uml_fast.analysis.probe import linear_probe
 from uml_fast.config import MixConfig, RunConfig
 from uml_fast.data.loader import iterate_once, layouts_of
-from uml_fast.data.source import Source
+from uml_fast.data.source import Samples
 from uml_fast.model.uml import Encoded, Uml
 from uml_fast.objective import losses
 from uml_fast.pack import PackedBatch
@@ -41,14 +41,14 @@ _EVALUATION_ROWS = 4096
 class PackedSource:
     """A source with its packs made, for being evaluated many times."""
 
-    source: Source
+    source: Samples
     packs: tuple[PackedBatch, ...]
     """Every sample once, in order."""
 
 
-def pack_source(source: Source, device: torch.device) -> PackedSource:
+def pack_source(source: Samples, device: torch.device) -> PackedSource:
     """Pack every sample of ``source`` once."""
-    rows = max(min(_EVALUATION_ROWS, len(source.rows)), 2 * int(source.lengths.max()))
+    rows = max(min(_EVALUATION_ROWS, int(source.offsets[-1])), 2 * int(source.lengths.max()))
     (layout,) = layouts_of((source,), MixConfig(token_budget=rows))
     return PackedSource(source, tuple(iterate_once(source, layout, device)))
 
@@ -138,7 +138,7 @@ def run_metric(
     return probe_accuracy(model, train, test, class_names)
 
 
-def init_head(model: Uml, source: Source) -> None:
+def init_head(model: Uml, source: Samples) -> None:
     """Set the shared head's rows to the class means of ``source`` (paper 1.4, "init")."""
     assert model.head is not None
     device = _device(model)

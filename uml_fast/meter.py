@@ -8,7 +8,7 @@ import torch
 
 from uml_fast.config import RunConfig
 from uml_fast.data.loader import Loader
-from uml_fast.data.source import Source
+from uml_fast.data.source import Samples
 from uml_fast.device import resolve_dtype
 from uml_fast.flops import (
     datasheet_peak,
@@ -21,12 +21,12 @@ from uml_fast.model.transformer import TransformerConfig
 from uml_fast.model.uml import Uml
 
 
-def flops_per_row(model: Uml, config: RunConfig, source: Source) -> float:
+def flops_per_row(model: Uml, config: RunConfig, source: Samples) -> float:
     """Useful operations of forward and backward per row of a modality, averaged over its samples.
 
     Only matrix products of the model count (``uml_fast.flops``): stem, backbone and decoder.
     """
-    rows = len(source.rows)
+    rows = int(source.offsets[-1])
     modality = model.modality(source.name)
     stem = 0
     if isinstance(modality.stem, torch.nn.Linear):
@@ -55,7 +55,7 @@ class Meter:
         self,
         model: Uml,
         config: RunConfig,
-        sources: tuple[Source, ...],
+        sources: tuple[Samples, ...],
         loader: Loader,
         device: torch.device,
     ) -> None:

@@ -94,13 +94,6 @@ def read_config(folder: Path) -> RunConfig:
     return config
 
 
-def run_folder(config: RunConfig) -> Path:
-    """The folder of a run."""
-    if config.resume not in ("auto", "never"):
-        return Path(config.resume)
-    return config.out or Path("runs") / Path(config.recipe.split(":")[0]).stem
-
-
 def open_run(config: RunConfig) -> Path:
     """Make or continue the run folder; returns its path.
 
@@ -112,7 +105,7 @@ def open_run(config: RunConfig) -> Path:
         ConfigError: the folder holds a run that was configured otherwise; the message names the
             fields.
     """
-    folder = run_folder(config)
+    folder = config.folder
     if config.resume not in ("auto", "never"):
         read_config(folder)
     if config.resume == "never" and (folder / "run.json").exists():

@@ -13,7 +13,7 @@ import numpy as np
 from uml_fast.analysis.statistics import mean_interval, paired_comparison
 from uml_fast.analysis.theory import TheoremCheck, check_all
 from uml_fast.config import RunConfig
-from uml_fast.data.source import Task
+from uml_fast.data.source import Task, in_memory
 from uml_fast.log import read_metrics
 from uml_fast.machine import machine_info
 from uml_fast.model.uml import Uml
@@ -118,10 +118,11 @@ def describe_samples(model: Uml, task: Task, count: int = 4) -> list[dict[str, A
     """Some samples of each modality as a person sees them (samples.json)."""
     out = []
     for source in task.train:
-        for i in np.linspace(0, len(source) - 1, min(count, len(source))).astype(int):
-            label = int(source.labels[i])
+        shown = in_memory(source, count)
+        for i in np.linspace(0, len(shown) - 1, min(count, len(shown))).astype(int):
+            label = int(shown.labels[i])
             name = task.class_names[label] if 0 <= label < len(task.class_names) else ""
-            caption = " -> ".join(x for x in (source.key(i) if source.keys else "", name) if x)
-            seen = model.modality(source.name).describe(source.sample(i))
+            caption = " -> ".join(x for x in (shown.key(i) if shown.keys else "", name) if x)
+            seen = model.modality(shown.name).describe(shown.sample(i))
             out.append({"modality": source.name, "caption": caption} | seen)
     return out

@@ -14,7 +14,7 @@ from uml_fast.checkpoint import StopSignal
 from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.report import print_table, write_report
-from uml_fast.run import locked, open_run, run_folder, write_json
+from uml_fast.run import locked, open_run, write_json
 from uml_fast.summary import describe_samples, summarise
 from uml_fast.trial import Stopped, Trial
 
@@ -30,7 +30,7 @@ def train(config: RunConfig) -> Path | None:
         TrainingError: a loss was not finite.
         CheckpointError: all checkpoints of a trial are broken, or none can be written.
     """
-    if not (run_folder(config) / "run.json").exists():
+    if not (config.folder / "run.json").exists():
         _check(config)
     folder = open_run(config)
     with locked(folder):
@@ -40,7 +40,7 @@ def train(config: RunConfig) -> Path | None:
 def _check(config: RunConfig) -> None:
     """Raise what any mode would stop at before its first step, while nothing is written yet."""
     for mode in config.modes:
-        Trial(config, mode, config.seed, run_folder(config) / "trials" / f"{mode}-{config.seed}")
+        Trial(config, mode, config.seed, config.folder / "trials" / f"{mode}-{config.seed}")
 
 
 def _train_all(config: RunConfig, folder: Path) -> bool:

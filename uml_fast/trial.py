@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from uml_fast import checkpoint
 from uml_fast.config import ConfigError, MixConfig, RunConfig
 from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.source import DataError, Task
+from uml_fast.data.source import DataError, Task, in_memory
 from uml_fast.device import resolve_device, resolve_dtype
 from uml_fast.log import RunLog
 from uml_fast.measure import init_head, measure, pack_source, run_metric
@@ -25,6 +26,10 @@ from uml_fast.run import write_json
 from uml_fast.step import StepResult, TrainStep
 
 logger = logging.getLogger("uml_fast")
+
+
+_FIT_SAMPLES = 4096
+"""Samples of a source in files that normalisation statistics are taken of, evenly spread."""
 
 
 class TrainingError(RuntimeError):
@@ -55,7 +60,7 @@ def plan_mix(
         part = shares[config.target] / sum(shares.values())
         rows = max(round(config.mix.token_budget * part), 2 * int(task.train[0].lengths.max()))
     else:
-        sources = config.data.load(seed, "uml").train
+        sources = config.load(seed, "uml").train
         joint = layouts_of(sources, config.mix, shares, config.target)[-1]
         rows = next(r.rows for r in joint.regions if r.name == config.target)
     alone = MixConfig(policy="joint", token_budget=rows)
@@ -74,20 +79,30 @@ def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
         raise ConfigError(
             f"the data has modalities {[s.name for s in task.train]}, the run {names}"
         )
+    config = _with_classes(config, task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Uml(config, resolve_dtype(config.precision, resolve_device(config.device)))
     for source in task.train:
         modality = model.modality(source.name)
         longest = int(source.lengths.max())
-        modality.check(longest, source.rows.shape[1], source.rows.dtype.name)
+        modality.check(longest, source.row_elems, source.row_dtype)
         config.backbone.check(source.name, longest)
-        modality.fit(source.rows, source.offsets)
+        known = in_memory(source, _FIT_SAMPLES)
+        modality.fit(known.rows, known.offsets)
     if config.objective.kind == "classification":
         check_labels(config, task)
     if config.objective.init_head_from is not None:
         init_head(model, task.source(config.objective.init_head_from))
     return model
+
+
+def _with_classes(config: RunConfig, task: Task) -> RunConfig:
+    """The configuration with the number of classes that the data names, where it leaves it open."""
+    if config.objective.kind != "classification" or config.objective.classes:
+        return config
+    objective = dataclasses.replace(config.objective, classes=len(task.class_names))
+    return dataclasses.replace(config, objective=objective)
 
 
 def check_labels(config: RunConfig, task: Task) -> None:
@@ -125,7 +140,7 @@ class Trial:
         self.config = config = run_config.for_mode(mode)
         self.mode, self.seed, self.folder = mode, seed, folder
         self.device = resolve_device(config.device)
-        self.task = config.data.load(seed, mode)
+        self.task = config.load(seed, mode)
         self.mix, self.layouts = plan_mix(run_config, mode, self.task, seed)
         self.model = build_model(config, self.task, seed).to(self.device)
         self.train_step = TrainStep(self.model, config, seed)

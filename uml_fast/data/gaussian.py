@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uml_fast.config import DataConfig, require
+from uml_fast.config import DataConfig, RunConfig, require
 from uml_fast.data.source import Source, Task
 
 # Purpose of each random stream: one more stream never changes the numbers of another.
@@ -57,7 +57,7 @@ class GaussianConfig(DataConfig):
         require(self.samples >= 2, f"data.samples is {self.samples}; it must be >= 2")
         require(self.held_out >= 1, f"data.held_out is {self.held_out}; it must be >= 1")
 
-    def load(self, seed: int, mode: str) -> Task:
+    def load(self, seed: int, mode: str, run: RunConfig | None = None) -> Task:
         """The samples of one trial.
 
         A seed fixes the projections, the factors and the noise. The X samples of mode ``uml`` are

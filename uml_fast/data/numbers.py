@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uml_fast.config import DataConfig, require
+from uml_fast.config import DataConfig, RunConfig, require
 from uml_fast.data.digits import SIDE, handwriting
 from uml_fast.data.source import Source, Task
 from uml_fast.data.speech import Voice, spoken
@@ -88,7 +88,7 @@ class NumbersConfig(DataConfig):
         """Number of text ids."""
         return len(_WORDS)
 
-    def load(self, seed: int, mode: str) -> Task:
+    def load(self, seed: int, mode: str, run: RunConfig | None = None) -> Task:
         """The samples of one trial.
 
         ``seed`` splits the handwriting and draws the images; text and speech are the same for every

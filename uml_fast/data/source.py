@@ -191,11 +191,36 @@ class Source:
         )
 
 
+def in_memory(source: Samples, most: int | None = None) -> Source:
+    """A source as it is if its rows are in memory, else with its samples read into memory.
+
+    Of a source with more than ``most`` samples, evenly spread ones. Those that cannot be read are
+    left out.
+    """
+    if isinstance(source, Source):
+        return source
+    n = len(source)
+    chosen = np.arange(n)
+    if most is not None and n > most:
+        chosen = np.linspace(0, n - 1, most).astype(np.int64)
+    lengths = source.lengths_of(chosen)
+    rows = np.empty((int(lengths.sum()), source.row_elems), source.row_dtype)
+    rejected = source.read(chosen, rows)
+    parts = np.split(rows, np.cumsum(lengths)[:-1])
+    kept = np.setdiff1d(np.arange(len(chosen)), rejected)
+    return Source.from_samples(
+        source.name,
+        [parts[k] for k in kept],
+        source.labels[chosen[kept]].tolist(),
+        tuple(source.key(int(i)) for i in chosen[kept]),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """The samples of one trial."""
 
-    train: tuple[Source, ...]
+    train: tuple[Samples, ...]
     """Training samples per modality, in the order of the configuration's modalities."""
     validation: Source
     """Samples of the target modality for choosing and early stopping."""
@@ -206,6 +231,6 @@ class Task:
     baselines: tuple[tuple[str, float], ...] = ()
     """Strong simple methods on the same target data: (name, value of the run's metric)."""
 
-    def source(self, name: str) -> Source:
+    def source(self, name: str) -> Samples:
         """The training samples of one modality."""
         return next(s for s in self.train if s.name == name)

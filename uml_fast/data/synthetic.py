@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from uml_fast.config import DataConfig, require
+from uml_fast.config import DataConfig, RunConfig, require
 from uml_fast.data.source import Source, Task
 
 Shape = Literal["mosi", "mixed"]
@@ -81,7 +81,7 @@ class SyntheticConfig(DataConfig):
         )
         require(self.classes >= 2, f"data.classes is {self.classes}; it must be >= 2")
 
-    def load(self, seed: int, mode: str) -> Task:
+    def load(self, seed: int, mode: str, run: RunConfig | None = None) -> Task:
         """The samples of one trial; ``unimodal`` has the target alone, the same as in ``uml``."""
         streams = SHAPES[self.shape]
         target = next(iter(streams))

@@ -1,0 +1,139 @@
+"""A source whose samples lie in shards and are decoded when the loader asks for them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from uml_fast.data.decode import DecodeError, Decoder
+from uml_fast.data.shards import ShardSet
+from uml_fast.data.source import DataError
+
+
+class DataErrors:
+    """Counts and names the samples that cannot be read; each once, however often it is tried.
+
+    Args:
+        most: samples that may fail before the run stops.
+        path: JSON lines file that names them; None: nowhere.
+    """
+
+    def __init__(self, most: int, path: Path | None = None) -> None:
+        self.most, self.path = most, path
+        self._lock = threading.Lock()
+        self._seen: set[tuple[str, str]] = set()
+
+    def __len__(self) -> int:
+        return len(self._seen)
+
+    def add(self, source: str, key: str, problem: str) -> None:
+        """Note a sample.
+
+        Raises:
+            DataError: there are more than ``most``.
+        """
+        with self._lock:
+            if (source, key) in self._seen:
+                return
+            self._seen.add((source, key))
+            if self.path is not None:
+                line = {"modality": source, "sample": key, "problem": problem}
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            if len(self._seen) > self.most:
+                where = f"; all are named in {self.path}" if self.path else ""
+                raise DataError(
+                    f"{source}, sample {key}: {problem}. {len(self._seen)} samples cannot be read, "
+                    f"data.max_errors is {self.most}{where}"
+                )
+
+
+class ShardSource:
+    """Samples of one modality in shards.
+
+    Args:
+        name: modality.
+        shards: the samples' bytes and lengths; those without a row are left out and counted.
+        decoder: turns bytes into rows.
+        errors: takes the samples that cannot be decoded.
+        labels: int32 (n,) class of each sample of ``shards``; None: as they stand there.
+        chosen: int64 samples of ``shards`` that there are; None: all.
+
+    Raises:
+        DataError: the shards hold another kind of sample, or none that has a row.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shards: ShardSet,
+        decoder: Decoder,
+        errors: DataErrors,
+        labels: np.ndarray | None = None,
+        chosen: np.ndarray | None = None,
+    ) -> None:
+        if shards.kind != decoder.kind:
+            raise DataError(f"{name}: the shards hold {shards.kind}, this takes {decoder.kind}")
+        rows = decoder.rows(shards.length)
+        there = np.arange(len(shards)) if chosen is None else chosen
+        for i in there[rows[there] < 1]:
+            errors.add(name, shards.key(int(i)), "empty: it has no row")
+        self._place = there[rows[there] >= 1]
+        if not len(self._place):
+            raise DataError(f"{name}: none of the {len(shards)} samples has a row")
+        self.name = name
+        self._shards, self._decoder, self._errors = shards, decoder, errors
+        self.offsets = np.concatenate([[0], np.cumsum(rows[self._place])]).astype(np.int64)
+        given = shards.label if labels is None else labels
+        self.labels = given[self._place].astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (n,) rows of each sample."""
+        return np.diff(self.offsets)
+
+    def lengths_of(self, samples: np.ndarray) -> np.ndarray:
+        """int64 rows of some samples."""
+        lengths: np.ndarray = self.offsets[samples + 1] - self.offsets[samples]
+        return lengths
+
+    @property
+    def row_elems(self) -> int:
+        """Elements of a row."""
+        return self._decoder.row_elems
+
+    @property
+    def row_dtype(self) -> str:
+        """numpy name of the elements."""
+        return self._decoder.row_dtype
+
+    def key(self, i: int) -> str:
+        """Name of sample ``i``."""
+        return self._shards.key(int(self._place[i]))
+
+    def read(self, samples: Sequence[int] | np.ndarray, out: np.ndarray) -> list[int]:
+        """Decode samples into ``out``; the places of those that cannot be are returned.
+
+        Raises:
+            DataError: too many samples of the run cannot be decoded.
+        """
+        rejected = []
+        at = 0
+        for place, i in enumerate(samples):
+            end = at + int(self.offsets[i + 1] - self.offsets[i])
+            try:
+                payload = self._shards.payload(int(self._place[i]))
+                self._decoder.decode(payload, out[at:end])
+            except (DecodeError, DataError) as e:
+                self._errors.add(self.name, self.key(int(i)), str(e))
+                rejected.append(place)
+            at = end
+        return rejected
