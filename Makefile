@@ -42,7 +42,7 @@ demo: $(INSTALLED)
 
 # One thread per worker: two workers with one thread each beat one worker with two.
 test: ctest
-	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8
+	OMP_NUM_THREADS=1 python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # The C++ tests are of csrc/core alone, so the CUDA part is left out of their build.
 ctest: $(INSTALLED) $(TOOLS)

@@ -5,6 +5,7 @@ python -m bench.gate               runs them; exit status 1 if one fails
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -24,6 +25,8 @@ def check(tests: str = TESTS) -> None:
         RedTests: one fails, or none ran; with the end of their output.
     """
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", tests]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import json
 import re
 import subprocess
 import sys
@@ -170,6 +171,8 @@ def test_every_kernel_has_its_parts(spec: KernelSpec) -> None:
     for choice in ("native", "triton"):
         assert f"uml_fast.kernels.{choice}.{spec.name}" in MODULES
     assert spec.tests and spec.benches and spec.aot
+    rows = [json.loads(p.read_text())["rows"] for p in (ROOT / "bench/results").glob("kernels_*")]
+    assert any(r["op"] == spec.name for found in rows for r in found), "no bench row is committed"
 
 
 def tree_paths(text: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every chip without spills."""
+"""Every Triton kernel compiles for every chip without spills, and the committed rows say so."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from uml_fast.kernels import SPECS
 from uml_fast.kernels.aot import PROCESSORS, problems
+
+RESULTS = Path(__file__).parents[2] / "bench/results"
 
 
 @pytest.mark.triton
@@ -22,6 +25,12 @@ def test_kernels_compile_without_spills(arch: int) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {r["op"] for r in rows} == {s.name for s in SPECS}
+    committed = json.loads((RESULTS / f"aot_sm{arch}.json").read_text())
+    keys = ("op", "shape", "dtype", "kernel", "constants")
+    assert [[r[k] for k in keys] for r in committed] == [[r[k] for k in keys] for r in rows], (
+        f"launches changed: python -m uml_fast.kernels.aot --arch {arch} "
+        f"> bench/results/aot_sm{arch}.json"
+    )
 
 
 ROW = {"arch": 90, "stack_bytes": 0, "local_bytes": 0, "shared_bytes": 1024}

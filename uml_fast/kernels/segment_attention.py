@@ -305,6 +305,11 @@ SPEC = KernelSpec(
         "longer than a tile, causal": {"lengths": (257, 130), "H": 1, "D": 8, "is_causal": True},
     },
     benches={
+        "8 mixed segments, D 64": {
+            "lengths": (197, 77, 197, 64, 512, 128, 197, 30), "H": 12, "D": 64,
+        },
+        "multibench d 40": {"lengths": (50, 31, 19, 7, 44, 24, 3, 36) * 8, "H": 5, "D": 8},
+        "10 heads of 8": {"lengths": (50, 31, 19, 7, 44, 24, 3, 36) * 8, "H": 10, "D": 8},
         "multibench d 150": {
             "lengths": (50, 31, 19, 7, 44, 24) * 28, "H": 5, "D": 30, "is_causal": True,
             "dropout_p": 0.1,
