@@ -30,7 +30,7 @@ help:
 	@echo "make demo   train the two demonstration recipes and write their reports"
 	@echo "make test   C++ and Python tests"
 	@echo "make lint   ruff, clang-format, mypy"
-	@echo "make bench  speed of the training step, written to bench/results/"
+	@echo "make bench  speed of the ops and of the training step, written to bench/results/"
 	@echo "make clean  remove what was built (.venv and runs/ stay)"
 
 # One thread: networks this small gain nothing from a second one, and lose much to busy neighbours.
@@ -58,6 +58,7 @@ lint: $(INSTALLED) $(TOOLS)
 	mypy uml_fast
 
 bench: $(INSTALLED) $(TOOLS)
+	python -m pytest bench/kernels.py
 	python -m pytest bench/step.py
 
 clean:
