@@ -33,14 +33,14 @@ step 30 doctor "$python" -m uml_fast.doctor || true
 
 if [[ $cuda == AUTO ]]; then
   for arch in 80 90 100; do
-    step 240 "ahead of time, sm_$arch" env -u TRITON_INTERPRET \
-      "$python" -m uml_fast.kernels.aot --arch "$arch" > "$UML_BENCH_RESULTS/aot_sm$arch.json"
+    step 240 "ahead of time, sm_$arch" env -u TRITON_INTERPRET bash -c \
+      "'$python' -m uml_fast.kernels.aot --arch $arch > '$UML_BENCH_RESULTS/aot_sm$arch.json'"
   done
 fi
 
 failed=0
 step 150 "tests of the step" "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py || failed=1
-step 330 "kernels" "$python" -m pytest -q -p no:cacheprovider bench/kernels.py \
+step 400 "kernels" "$python" -m pytest -q -p no:cacheprovider bench/kernels.py \
   ${only:+-k "$only"} --benchmark-columns=median,rounds || failed=1
 if [[ $cuda == ON ]]; then
   step 120 "step" "$python" -m pytest -q -p no:cacheprovider bench/step.py || failed=1

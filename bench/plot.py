@@ -97,7 +97,7 @@ def kernels_table(content: Content) -> str:
         cells = []
         for mode in modes:
             others = {p: t for p, t in found.get(mode, {}).items() if p != "uml_fast"}
-            cells.append(", ".join(f"{t:.1f} {p}" for p, t in others.items()) or "no gradient")
+            cells.append(", ".join(f"{t:.1f} {p}" for p, t in others.items()) or "-")
         lines.append(f"| `{op}` | {shape} | {dtype} | " + " | ".join(cells) + " |")
     return "\n".join(
         [*lines, "", f"Time of each baseline / time of uml_fast. {conditions(content)}"]
