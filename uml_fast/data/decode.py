@@ -16,7 +16,7 @@ from uml_fast.config import ModalityConfig
 from uml_fast.data.source import DataError
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig
-from uml_fast.modalities.image import ImageConfig
+from uml_fast.modalities.image import ImageConfig, to_patches
 from uml_fast.modalities.text import TextConfig
 
 _JPEG = b"\xff\xd8"
@@ -64,12 +64,7 @@ class ImageDecoder:
 
     def decode(self, payload: bytes, out: np.ndarray) -> None:
         c = self.config
-        pixels = self._pixels(payload)
-        grid = pixels.reshape(
-            c.height // c.patch_height, c.patch_height, c.width // c.patch_width, c.patch_width,
-            c.channels,
-        ).transpose(0, 2, 1, 3, 4)  # fmt: skip
-        out.reshape(grid.shape)[:] = grid
+        out[:] = to_patches(self._pixels(payload)[None], c.patch_height, c.patch_width)[0]
 
     def _pixels(self, payload: bytes) -> np.ndarray:
         """uint8 (height, width, channels)."""

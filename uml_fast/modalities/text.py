@@ -62,8 +62,8 @@ class Text(Modality):
         )
 
     def features(self, region: RegionRows) -> Tensor:
-        """Token ids int64 (C,)."""
-        return region.raw[:, 0].long()
+        """Token ids int32 (C,)."""
+        return region.raw[:, 0]
 
     def embed(
         self, region: RegionRows, features: Tensor | None, dtype: torch.dtype, out: Tensor | None
@@ -78,8 +78,7 @@ class Text(Modality):
         """Cross-entropy of the next id, over rows that have one (paper 1.1)."""
         assert self.decoder is not None
         return linear_cross_entropy(
-            hidden_CD, self.decoder.weight, self.decoder.bias, region.raw[:, 0],
-            self.predicts_C(region),
+            hidden_CD, self.decoder.weight, self.decoder.bias, features, self.predicts_C(region)
         )  # fmt: skip
 
     def describe(self, sample: np.ndarray) -> dict[str, Any]:

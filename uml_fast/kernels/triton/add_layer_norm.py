@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from uml_fast.kernels.add_layer_norm import has_one_gradient
 from uml_fast.kernels.rng import keep_scale, threshold
 from uml_fast.kernels.triton.column_sum import sum_partials
 from uml_fast.kernels.triton.launch import launch, processors
@@ -192,7 +193,7 @@ def bwd(
     """
     T, K = input.shape
     is_rms = len(statistics) == 1
-    shared = dropout_p == 0 and input.dtype == residual.dtype
+    shared = has_one_gradient(input, residual, dropout_p)
     grad_input = None if shared else torch.empty_like(input)
     grad_residual = torch.empty_like(residual)
     read = [t for t in (grad_normed, grad_summed, input, residual) if t is not None]
