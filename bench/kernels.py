@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,8 @@ CPU_LIMIT_BYTES = 6e8
 """Shapes above either, forward, are timed on a GPU alone."""
 SPEC_OF = {spec.name: spec for spec in SPECS}
 CLOCK = harness.RecordedClock()
+COLLECTED: list[dict[str, Any]] = []
+"""Rows of this session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ class Case:
 def cases() -> list[Case]:
     """Every op, shape, dtype and mode that this machine times."""
     out = []
-    for spec in SPECS:
+    for spec in sorted(
+        SPECS, key=lambda s: s.name != "segment_attention"
+    ):  # first what matters most
         for name, shape in spec.benches.items():
             too_large = (
                 spec.flops(shape)[0] > CPU_LIMIT_FLOPS or spec.bytes(shape, 2)[0] > CPU_LIMIT_BYTES
@@ -98,16 +102,19 @@ def timed_call(function: Callable[..., Any], case: Case) -> Callable[[], object]
     return lambda: torch.autograd.grad(forward(), wanted, grads)
 
 
+@functools.lru_cache(maxsize=1)
+def functions_of(op: str, shape_name: str, dtype: torch.dtype) -> dict[str, Callable[..., Any]]:
+    """Every provider of an op at a shape; its modes follow each other and share what compiles."""
+    torch._dynamo.reset()
+    spec = SPEC_OF[op]
+    inputs = draw(spec, spec.benches[shape_name], dtype, DEVICE)
+    reference = functools.partial(spec.function, backend="reference")
+    return {"uml_fast": spec.function, **baselines.providers(op, reference, inputs)}
+
+
 def measure_case(case: Case) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
     """Seconds of each round of each provider, and what else its row says."""
-    reference = functools.partial(case.spec.function, backend="reference")
-    functions = {
-        "uml_fast": case.spec.function,
-        **baselines.providers(
-            case.spec.name, reference, draw(case.spec, case.shape, case.dtype, DEVICE)
-        ),
-    }
-    torch._dynamo.reset()
+    functions = dict(functions_of(case.op, case.shape_name, case.dtype))
     if not CUDA and (case.mode, case.dtype) != ("full", torch.bfloat16):
         functions.pop("compile", None)  # half a minute each
     calls = {name: timed_call(function, case) for name, function in functions.items()}
@@ -165,21 +172,21 @@ def green() -> None:
         pytest.exit(str(error), returncode=1)
 
 
-@pytest.fixture(scope="session")
-def rows(green: None) -> Iterator[list[dict[str, Any]]]:
-    """Collects the rows; at the end they replace those of the same cases in the machine's file."""
-    collected: list[dict[str, Any]] = []
-    yield collected
-    keys = ("op", "shape_name", "dtype", "mode")
-    path = harness.RESULTS / f"kernels_{harness.machine_name()}.json"
-    if collected:
-        harness.merge_rows(path, collected, keys)
-
-
 @functools.lru_cache(maxsize=1)
 def measured(case: Case) -> dict[str, tuple[list[float], dict[str, Any]]]:
-    """Rounds and row of each provider; the tests of a case follow each other."""
-    return {row["provider"]: (times, row) for times, row in rows_of(case)}
+    """Rounds and row of each provider; the tests of a case follow each other.
+
+    The rows replace those of the same case in the machine's file at once, so that a session that is
+    stopped keeps what it measured.
+    """
+    found = rows_of(case)
+    COLLECTED.extend(row for _, row in found)
+    harness.merge_rows(
+        harness.RESULTS / f"kernels_{harness.machine_name()}.json",
+        COLLECTED,
+        ("op", "shape_name", "dtype", "mode"),
+    )
+    return {row["provider"]: (times, row) for times, row in found}
 
 
 PARAMETERS = [
@@ -191,7 +198,7 @@ PARAMETERS = [
 
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize(("case", "provider"), PARAMETERS)
-def test_kernel(benchmark: Any, case: Case, provider: str, rows: list[dict[str, Any]]) -> None:
+def test_kernel(benchmark: Any, green: None, case: Case, provider: str) -> None:
     found = measured(case)
     if provider not in found:
         pytest.skip(f"{provider} cannot do this shape")
@@ -200,4 +207,3 @@ def test_kernel(benchmark: Any, case: Case, provider: str, rows: list[dict[str, 
     benchmark.group = str(case)
     benchmark.extra_info.update(row)
     benchmark.pedantic(lambda: None, rounds=len(times))
-    rows.append(row)
