@@ -12,10 +12,18 @@ import pytest
 import soundfile
 from PIL import Image
 
-from uml_fast.config import CheckpointConfig, ConfigError, EvalConfig, MixConfig, RunConfig
-from uml_fast.data.decode import DecodeError, decoder_of
+from uml_fast.config import (
+    CheckpointConfig,
+    ConfigError,
+    EvalConfig,
+    MixConfig,
+    ModalityConfig,
+    RunConfig,
+)
+from uml_fast.data.decode import DecodeError, decode_of
 from uml_fast.data.folders import FoldersConfig
 from uml_fast.data.loader import Loader, layouts_of
+from uml_fast.data.rows import rows_of
 from uml_fast.data.shard_source import DataErrors, ShardSource
 from uml_fast.data.shards import ShardSet
 from uml_fast.data.source import DataError, in_memory
@@ -87,20 +95,34 @@ def run_config(shards: Path, **changes: object) -> RunConfig:
     )
 
 
+def source_of(config: ModalityConfig, shards: ShardSet, errors: DataErrors) -> ShardSource:
+    return ShardSource(config.name, shards, decode_of(config), rows_of(config), errors)
+
+
+def rows_from(config: ModalityConfig, payload: bytes, rows: int) -> np.ndarray:
+    """Rows of one payload; raises what is wrong with it."""
+    writer, (array,) = rows_of(config), decode_of(config)([payload])
+    if isinstance(array, DecodeError):
+        raise array
+    out = np.empty((rows, writer.row_elems), writer.row_dtype)
+    writer.write(array, out)
+    return out
+
+
 def test_decoded_rows_are_those_of_the_files(shards: Path) -> None:
     images = ShardSet.open(shards / "image", "train")
-    source = in_memory(ShardSource("image", images, decoder_of(IMAGE), DataErrors(0)))
+    source = in_memory(source_of(IMAGE, images, DataErrors(0)))
     for i in range(len(images)):
         pixels = np.asarray(Image.open(io.BytesIO(images.payload(i))))
         np.testing.assert_array_equal(source.sample(i)[1].reshape(4, 4, 3), pixels[:4, 4:8])
     sounds = ShardSet.open(shards / "audio", "train")
-    source = in_memory(ShardSource("audio", sounds, decoder_of(SOUND), DataErrors(0)))
+    source = in_memory(source_of(SOUND, sounds, DataErrors(0)))
     wave, _ = soundfile.read(io.BytesIO(sounds.payload(3)), dtype="int16")
     heard = source.sample(3).ravel()
     np.testing.assert_array_equal(heard[: len(wave)], wave[: len(heard)])
     assert (heard[len(wave) :] == 0).all() and len(heard) - len(wave) < 160
     texts = ShardSet.open(shards / "text", "train")
-    source = in_memory(ShardSource("text", texts, decoder_of(WORDS), DataErrors(0)))
+    source = in_memory(source_of(WORDS, texts, DataErrors(0)))
     assert bytes(source.sample(2)[:, 0].astype(np.uint8)) == texts.payload(2)[:40]
 
 
@@ -120,13 +142,11 @@ def test_broken_bytes_are_named(case: str) -> None:
         file = io.BytesIO()
         picture(np.random.default_rng(0)).save(file, "JPEG")
         payload = file.getvalue()[slice(*payload)]
-    decoder = decoder_of(config)
     with pytest.raises(DecodeError, match=message):
-        decoder.decode(payload, np.empty((4, decoder.row_elems), decoder.row_dtype))
+        rows_from(config, payload, 4)
 
 
 def test_features_and_sounds_that_do_not_fit_are_named() -> None:
-    decoder = decoder_of(FeaturesConfig(name="f", size=3))
     for values, message in (
         (np.ones((4, 2), np.float32), r"shape \[4, 2\], the run takes \[4, 3\]"),
         (np.full((4, 3), np.nan, np.float32), "NaN or infinity"),
@@ -134,11 +154,11 @@ def test_features_and_sounds_that_do_not_fit_are_named() -> None:
         file = io.BytesIO()
         np.save(file, values)
         with pytest.raises(DecodeError, match=message):
-            decoder.decode(file.getvalue(), np.empty((4, 3), np.float32))
+            rows_from(FeaturesConfig(name="f", size=3), file.getvalue(), 4)
     file = io.BytesIO()
     soundfile.write(file, np.zeros(640), 44100, format="WAV")
     with pytest.raises(DecodeError, match="44100 Hz with 1 channels; the run takes 8000 Hz mono"):
-        decoder_of(SOUND).decode(file.getvalue(), np.empty((4, 160), np.int16))
+        rows_from(SOUND, file.getvalue(), 4)
 
 
 def test_loader_gives_the_same_packs_from_shards_and_from_memory(shards: Path) -> None:
@@ -192,15 +212,15 @@ def test_unreadable_samples_are_named_and_counted_once(shards: Path, tmp_path: P
         start = int(images.index.offset[i])
         tar[start : start + 60] = bytes(60)
     (broken / images.paths[0].name).write_bytes(tar)
-    source = ShardSource(
-        "image", ShardSet.open(broken, "train"), decoder_of(IMAGE),
+    source = source_of(
+        IMAGE, ShardSet.open(broken, "train"),
         errors := DataErrors(2, tmp_path / "data_errors.jsonl"),
     )  # fmt: skip
     assert len(in_memory(source)) == len(in_memory(source)) == 22
     lines = (tmp_path / "data_errors.jsonl").read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [images.key(2), images.key(5)]
     assert len(errors) == 2
-    strict = ShardSource("image", ShardSet.open(broken, "train"), decoder_of(IMAGE), DataErrors(1))
+    strict = source_of(IMAGE, ShardSet.open(broken, "train"), DataErrors(1))
     with pytest.raises(DataError, match=r"2 samples cannot be read, data.max_errors is 1"):
         in_memory(strict)
 
@@ -208,7 +228,7 @@ def test_unreadable_samples_are_named_and_counted_once(shards: Path, tmp_path: P
 def test_a_shard_that_vanishes_is_counted(shards: Path, tmp_path: Path) -> None:
     images = ShardSet.open(shards / "image", "train")
     moved = dataclasses.replace(images, paths=(tmp_path / "gone.tar",))
-    source = ShardSource("image", moved, decoder_of(IMAGE), errors := DataErrors(100))
+    source = source_of(IMAGE, moved, errors := DataErrors(100))
     out = np.empty((12, source.row_elems), np.uint8)
     assert source.read(np.array([0, 3]), out) == [0, 1]
     assert len(errors) == 2
@@ -232,3 +252,26 @@ def test_modalities_without_a_folder_are_left_out(shards: Path) -> None:
     assert [m.name for m in only.modalities] == ["image"]
     with pytest.raises(ConfigError, match=r"image: no folder; give --data.image FOLDER"):
         config.load(0, "uml")
+
+
+def test_a_decoded_batch_names_what_is_wrong_beside_what_is_right() -> None:
+    rng = np.random.default_rng(0)
+    payloads = []
+    for mode, size, kind in (
+        ("L", (5, 7), "PNG"),
+        ("RGBA", (12, 8), "PNG"),
+        ("RGB", (9, 9), "JPEG"),
+    ):
+        shape = (*size, *({"L": (), "RGB": (3,), "RGBA": (4,)}[mode]))
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8)).save(file, kind)
+        payloads.append(file.getvalue())
+    payloads.insert(1, b"")
+    for channels in (1, 3):
+        decode = decode_of(dataclasses.replace(IMAGE, channels=channels))
+        grey, broken, colours, jpeg = decode(payloads)
+        assert isinstance(broken, DecodeError)
+        assert [a.shape for a in (grey, colours, jpeg)] == [
+            (5, 7, channels), (12, 8, channels), (9, 9, channels),
+        ]  # fmt: skip
+    assert decode([]) == []

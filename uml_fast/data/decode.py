@@ -1,14 +1,15 @@
-"""From the stored bytes of a sample to its raw rows, one decoder per modality.
+"""From the stored bytes of samples to arrays: the part of reading that has several backends.
 
-A decoder knows how many rows a sample has from the lengths in the index, and writes exactly those.
-What cannot be decoded raises DecodeError, which rejects that sample alone.
+A backend decodes; what an array has to be for a run, and how it becomes rows, is ``rows.py``'s, so
+that every backend gives the same rows.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from uml_fast.config import ModalityConfig
 from uml_fast.data.source import DataError
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig
-from uml_fast.modalities.image import ImageConfig, to_patches
+from uml_fast.modalities.image import ImageConfig
 from uml_fast.modalities.text import TextConfig
 
+Backend = Literal["webdataset", "dali"]
 _JPEG = b"\xff\xd8"
 
 
@@ -26,174 +28,113 @@ class DecodeError(ValueError):
     """A sample's bytes cannot be decoded; the message says what is wrong with them."""
 
 
-class Decoder(Protocol):
-    """Rows of one modality."""
+class Decode(Protocol):
+    """The arrays of samples of one modality.
 
-    kind: str
-    """Shards it reads: images, audio, text or features."""
-    row_elems: int
-    row_dtype: str
-
-    def rows(self, length: np.ndarray) -> np.ndarray:
-        """int64 (n,) rows of samples with these lengths (n, L) in the index."""
-
-    def decode(self, payload: bytes, out: np.ndarray) -> None:
-        """Write the rows of one sample to ``out`` (rows, E). Threads may call it together.
-
-        Raises:
-            DecodeError: the bytes are not what the index promises.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class ImageDecoder:
-    """JPEG, PNG or WebP to patches; other sizes are resized and cropped at the centre."""
-
-    config: ImageConfig
-    kind = "images"
-    row_dtype = "uint8"
-
-    @property
-    def row_elems(self) -> int:
-        """Bytes of a patch."""
-        c = self.config
-        return c.patch_height * c.patch_width * c.channels
-
-    def rows(self, length: np.ndarray) -> np.ndarray:
-        return np.full(len(length), self.config.patches, np.int64)
-
-    def decode(self, payload: bytes, out: np.ndarray) -> None:
-        c = self.config
-        out[:] = to_patches(self._pixels(payload)[None], c.patch_height, c.patch_width)[0]
-
-    def _pixels(self, payload: bytes) -> np.ndarray:
-        """uint8 (height, width, channels)."""
-        c = self.config
-        if payload[:2] == _JPEG:
-            import simplejpeg
-
-            try:
-                space = "GRAY" if c.channels == 1 else "RGB"
-                pixels = simplejpeg.decode_jpeg(payload, space, strict=True)
-            except ValueError as e:
-                raise DecodeError(f"broken JPEG: {e}") from None
-            if pixels.shape[:2] == (c.height, c.width):
-                return pixels
-        from PIL import Image, ImageOps
-
-        try:
-            with Image.open(io.BytesIO(payload)) as image:
-                converted = image.convert("L" if c.channels == 1 else "RGB")
-        except (OSError, ValueError, SyntaxError) as e:
-            raise DecodeError(f"broken image: {e}") from None
-        fitted = ImageOps.fit(converted, (c.width, c.height), Image.Resampling.BILINEAR)
-        return np.asarray(fitted)
-
-
-@dataclass(frozen=True, slots=True)
-class AudioDecoder:
-    """FLAC, WAV or Ogg of the run's sample rate to rows of samples; the last one ends in silence.
-
-    Sounds longer than the position table are cut.
+    images: uint8 (h, w, c) at the stored size; an EXIF orientation is not applied (``prepare``
+    applies it where it resizes). audio: int16 (n,), cut at the longest sound the run takes. text:
+    uint8 (n,). features: float32 (rows, features).
     """
 
-    config: AudioConfig
-    kind = "audio"
-    row_dtype = "int16"
-
-    @property
-    def row_elems(self) -> int:
-        """Samples of a row."""
-        return self.config.row_samples
-
-    def rows(self, length: np.ndarray) -> np.ndarray:
-        whole = -(-length[:, 0].astype(np.int64) // self.config.row_samples)
-        return np.minimum(whole, self.config.positions)
-
-    def decode(self, payload: bytes, out: np.ndarray) -> None:
-        import soundfile
-
-        flat = out.reshape(-1)
-        try:
-            with soundfile.SoundFile(io.BytesIO(payload)) as sound:
-                if sound.samplerate != self.config.sample_rate or sound.channels != 1:
-                    raise DecodeError(
-                        f"{sound.samplerate} Hz with {sound.channels} channels; the run takes "
-                        f"{self.config.sample_rate} Hz mono: prepare with --sample-rate "
-                        f"{self.config.sample_rate}"
-                    )
-                samples = sound.read(len(flat), dtype="int16")
-        except soundfile.LibsndfileError as e:
-            raise DecodeError(f"broken sound: {e}") from None
-        if -(-len(samples) // self.row_elems) != len(out):
-            raise DecodeError(f"{len(samples)} samples; the index promises {len(out)} rows")
-        flat[: len(samples)] = samples
-        flat[len(samples) :] = 0
+    def __call__(self, payloads: Sequence[bytes]) -> list[np.ndarray | DecodeError]:
+        """One array for each payload, or what is wrong with it. Threads may call it together."""
 
 
 @dataclass(frozen=True, slots=True)
-class TextDecoder:
-    """UTF-8 text to one row per byte; ids are the bytes. Longer texts are cut."""
+class OneByOne:
+    """Decodes each sample alone with the library of its format."""
 
-    config: TextConfig
-    kind = "text"
-    row_elems = 1
-    row_dtype = "int32"
+    one: Callable[[bytes], np.ndarray]
+    """The array of a payload; raises DecodeError."""
 
-    def rows(self, length: np.ndarray) -> np.ndarray:
-        return np.minimum(length[:, 0].astype(np.int64), self.config.positions)
-
-    def decode(self, payload: bytes, out: np.ndarray) -> None:
-        if len(payload) < len(out):
-            raise DecodeError(f"{len(payload)} bytes; the index promises {len(out)} rows")
-        out[:, 0] = np.frombuffer(payload, np.uint8)[: len(out)]
-
-
-@dataclass(frozen=True, slots=True)
-class FeaturesDecoder:
-    """A .npy array of feature rows, or of a single vector."""
-
-    config: FeaturesConfig
-    kind = "features"
-    row_dtype = "float32"
-
-    @property
-    def row_elems(self) -> int:
-        """Features of a row."""
-        return self.config.size
-
-    def rows(self, length: np.ndarray) -> np.ndarray:
-        return length[:, 0].astype(np.int64)
-
-    def decode(self, payload: bytes, out: np.ndarray) -> None:
-        try:
-            values: np.ndarray = np.load(io.BytesIO(payload), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as e:
-            raise DecodeError(f"broken array: {e}") from None
-        values = np.atleast_2d(values)
-        if values.shape != out.shape:
-            raise DecodeError(f"shape {list(values.shape)}, the run takes {list(out.shape)}")
-        out[:] = values
-        if not np.isfinite(out).all():
-            raise DecodeError("NaN or infinity among the features")
+    def __call__(self, payloads: Sequence[bytes]) -> list[np.ndarray | DecodeError]:
+        """See ``Decode``."""
+        out: list[np.ndarray | DecodeError] = []
+        for payload in payloads:
+            try:
+                out.append(self.one(payload))
+            except DecodeError as e:
+                out.append(e)
+        return out
 
 
-def decoder_of(config: ModalityConfig) -> Decoder:
-    """The decoder of a modality.
+def decode_of(config: ModalityConfig, backend: Backend = "webdataset") -> Decode:
+    """What decodes the samples of a modality.
 
     Raises:
-        DataError: samples of the modality cannot be read from files, or its vocabulary has no
-            place for every byte.
+        DataError: samples of the modality cannot be read from files.
+        ImportError: a library of the backend is missing.
     """
-    kinds: dict[type, Any] = {
-        ImageConfig: ImageDecoder,
-        AudioConfig: AudioDecoder,
-        TextConfig: TextDecoder,
-        FeaturesConfig: FeaturesDecoder,
-    }
-    if type(config) not in kinds:
-        raise DataError(f"{config.name}: {type(config).__name__} is not read from files")
-    if isinstance(config, TextConfig) and config.vocabulary < 256:
-        raise DataError(f"{config.name}.vocabulary is {config.vocabulary}; bytes need 256")
-    decoder: Decoder = kinds[type(config)](config)
-    return decoder
+    if backend == "dali":
+        from uml_fast.data import dali  # type: ignore[attr-defined]
+
+        decode: Decode = dali.decode_of(config)
+        return decode
+    if isinstance(config, ImageConfig):
+        return OneByOne(_image(config))
+    if isinstance(config, AudioConfig):
+        return OneByOne(_audio(config))
+    if isinstance(config, TextConfig):
+        return OneByOne(_text)
+    if isinstance(config, FeaturesConfig):
+        return OneByOne(_features)
+    raise DataError(f"{config.name}: {type(config).__name__} is not read from files")
+
+
+def _image(config: ImageConfig) -> Callable[[bytes], np.ndarray]:
+    import simplejpeg
+    from PIL import Image
+
+    space = "GRAY" if config.channels == 1 else "RGB"
+    mode = "L" if config.channels == 1 else "RGB"
+
+    def decode(payload: bytes) -> np.ndarray:
+        if payload[:2] == _JPEG:
+            try:
+                pixels: np.ndarray = simplejpeg.decode_jpeg(payload, space, strict=True)
+            except ValueError as e:
+                raise DecodeError(f"broken JPEG: {e}") from None
+            return pixels
+        try:
+            with Image.open(io.BytesIO(payload)) as image:
+                converted = np.asarray(image.convert(mode))
+        except (OSError, ValueError, SyntaxError) as e:
+            raise DecodeError(f"broken image: {e}") from None
+        return converted.reshape(*converted.shape[:2], config.channels)
+
+    return decode
+
+
+def _audio(config: AudioConfig) -> Callable[[bytes], np.ndarray]:
+    import soundfile
+
+    rate, most = config.sample_rate, config.positions * config.row_samples
+
+    def decode(payload: bytes) -> np.ndarray:
+        try:
+            with soundfile.SoundFile(io.BytesIO(payload)) as sound:
+                if sound.samplerate != rate or sound.channels != 1:
+                    raise DecodeError(
+                        f"{sound.samplerate} Hz with {sound.channels} channels; the run takes "
+                        f"{rate} Hz mono: prepare with --sample-rate {rate}"
+                    )
+                samples: np.ndarray = sound.read(most, dtype="int16")
+        except soundfile.LibsndfileError as e:
+            raise DecodeError(f"broken sound: {e}") from None
+        return samples
+
+    return decode
+
+
+def _text(payload: bytes) -> np.ndarray:
+    return np.frombuffer(payload, np.uint8)
+
+
+def _features(payload: bytes) -> np.ndarray:
+    try:
+        values: np.ndarray = np.load(io.BytesIO(payload), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise DecodeError(f"broken array: {e}") from None
+    if values.dtype.kind not in "fiub":
+        raise DecodeError(f"dtype {values.dtype}; features are numbers")
+    return np.atleast_2d(values).astype(np.float32, copy=False)

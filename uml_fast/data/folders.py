@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from uml_fast.config import ConfigError, DataConfig, ModalityConfig, RunConfig, require
-from uml_fast.data.decode import decoder_of
+from uml_fast.data.decode import Backend, decode_of
+from uml_fast.data.rows import rows_of
 from uml_fast.data.shard_source import DataErrors, ShardSource
 from uml_fast.data.shards import ShardSet, read_manifest
 from uml_fast.data.source import DataError, Task, in_memory
@@ -36,6 +37,8 @@ class FoldersConfig(DataConfig):
     """Training samples of each class of the target, drawn with the seed; 0: all."""
     max_errors: int = 100
     """Samples that may be unreadable before the run stops."""
+    backend: Backend = "webdataset"
+    """What decodes: the library of each format, sample by sample; or NVIDIA DALI in batches."""
 
     def __post_init__(self) -> None:
         require(self.shots >= 0, f"data.shots is {self.shots}; it must be >= 0")
@@ -81,7 +84,8 @@ class FoldersConfig(DataConfig):
             config: ModalityConfig, shards: ShardSet, chosen: np.ndarray | None = None
         ) -> ShardSource:
             labels = self._labels(shards, numbers)
-            return ShardSource(config.name, shards, decoder_of(config), errors, labels, chosen)
+            decode, writer = decode_of(config, self.backend), rows_of(config)
+            return ShardSource(config.name, shards, decode, writer, errors, labels, chosen)
 
         config = next(m for m in modalities if m.name == target)
         own, validation = self._held_out(train[target], target)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from uml_fast.data.decode import DecodeError, Decoder
+from uml_fast.data.decode import Decode, DecodeError
+from uml_fast.data.rows import Rows
 from uml_fast.data.shards import ShardSet
 from uml_fast.data.source import DataError
 
@@ -59,7 +60,8 @@ class ShardSource:
     Args:
         name: modality.
         shards: the samples' bytes and lengths; those without a row are left out and counted.
-        decoder: turns bytes into rows.
+        decode: turns bytes into arrays.
+        writer: turns arrays into rows.
         errors: takes the samples that cannot be decoded.
         labels: int32 (n,) class of each sample of ``shards``; None: as they stand there.
         chosen: int64 samples of ``shards`` that there are; None: all.
@@ -72,14 +74,15 @@ class ShardSource:
         self,
         name: str,
         shards: ShardSet,
-        decoder: Decoder,
+        decode: Decode,
+        writer: Rows,
         errors: DataErrors,
         labels: np.ndarray | None = None,
         chosen: np.ndarray | None = None,
     ) -> None:
-        if shards.kind != decoder.kind:
-            raise DataError(f"{name}: the shards hold {shards.kind}, this takes {decoder.kind}")
-        rows = decoder.rows(shards.length)
+        if shards.kind != writer.kind:
+            raise DataError(f"{name}: the shards hold {shards.kind}, this takes {writer.kind}")
+        rows = writer.rows(shards.length)
         there = np.arange(len(shards)) if chosen is None else chosen
         for i in there[rows[there] < 1]:
             errors.add(name, shards.key(int(i)), "empty: it has no row")
@@ -87,7 +90,7 @@ class ShardSource:
         if not len(self._place):
             raise DataError(f"{name}: none of the {len(shards)} samples has a row")
         self.name = name
-        self._shards, self._decoder, self._errors = shards, decoder, errors
+        self._shards, self._decode, self._writer, self._errors = shards, decode, writer, errors
         self.offsets = np.concatenate([[0], np.cumsum(rows[self._place])]).astype(np.int64)
         given = shards.label if labels is None else labels
         self.labels = given[self._place].astype(np.int32)
@@ -108,12 +111,12 @@ class ShardSource:
     @property
     def row_elems(self) -> int:
         """Elements of a row."""
-        return self._decoder.row_elems
+        return self._writer.row_elems
 
     @property
     def row_dtype(self) -> str:
         """numpy name of the elements."""
-        return self._decoder.row_dtype
+        return self._writer.row_dtype
 
     def key(self, i: int) -> str:
         """Name of sample ``i``."""
@@ -125,15 +128,34 @@ class ShardSource:
         Raises:
             DataError: too many samples of the run cannot be decoded.
         """
+        arrays = self._decoded(samples)
         rejected = []
         at = 0
         for place, i in enumerate(samples):
             end = at + int(self.offsets[i + 1] - self.offsets[i])
+            array = arrays[place]
             try:
-                payload = self._shards.payload(int(self._place[i]))
-                self._decoder.decode(payload, out[at:end])
+                if isinstance(array, Exception):
+                    raise array
+                self._writer.write(array, out[at:end])
             except (DecodeError, DataError) as e:
                 self._errors.add(self.name, self.key(int(i)), str(e))
                 rejected.append(place)
             at = end
         return rejected
+
+    def _decoded(
+        self, samples: Sequence[int] | np.ndarray
+    ) -> list[np.ndarray | DecodeError | DataError]:
+        """The array of each sample, or why there is none."""
+        payloads = []
+        missing: list[tuple[int, DataError]] = []
+        for place, i in enumerate(samples):
+            try:
+                payloads.append(self._shards.payload(int(self._place[i])))
+            except DataError as e:
+                missing.append((place, e))
+        arrays: list[np.ndarray | DecodeError | DataError] = [*self._decode(payloads)]
+        for place, error in missing:
+            arrays.insert(place, error)
+        return arrays

@@ -55,13 +55,20 @@ class ImageConfig(ModalityConfig):
         return Image(self, width, output_width, decode)
 
 
-def to_patches(images: np.ndarray, patch_height: int, patch_width: int) -> np.ndarray:
-    """uint8 (N, H, W, channels) to rows (N, patches, patch_height * patch_width * channels)."""
+def to_patches(
+    images: np.ndarray, patch_height: int, patch_width: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """uint8 (N, H, W, channels) to rows (N, patches, patch_height * patch_width * channels).
+
+    ``out``: contiguous memory of the rows, in any shape.
+    """
     n, h, w, c = images.shape
-    grid = images.reshape(n, h // patch_height, patch_height, w // patch_width, patch_width, c)
-    return np.ascontiguousarray(grid.transpose(0, 1, 3, 2, 4, 5)).reshape(
-        n, -1, patch_height * patch_width * c
-    )
+    down, across = h // patch_height, w // patch_width
+    rows = np.empty(images.size, np.uint8) if out is None else out
+    grid = images.reshape(n, down, patch_height, across, patch_width, c)
+    patches = rows.reshape(n, down, across, patch_height, patch_width, c)
+    patches[:] = grid.transpose(0, 1, 3, 2, 4, 5)
+    return patches.reshape(n, down * across, -1)
 
 
 def from_patches(rows: np.ndarray, config: ImageConfig) -> np.ndarray:

@@ -1,0 +1,183 @@
+"""From a decoded array to the rows of a pack, one writer per modality, whatever decoded it.
+
+A writer knows how many rows a sample has from its length in the index, and writes exactly those.
+An array that is not what the index promises raises DecodeError, which rejects that sample alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from uml_fast.config import ModalityConfig
+from uml_fast.data.decode import DecodeError
+from uml_fast.data.source import DataError
+from uml_fast.modalities.audio import AudioConfig
+from uml_fast.modalities.features import FeaturesConfig
+from uml_fast.modalities.image import ImageConfig, to_patches
+from uml_fast.modalities.text import TextConfig
+
+
+class Rows(Protocol):
+    """Rows of one modality."""
+
+    @property
+    def kind(self) -> str:
+        """Shards it reads: images, audio, text or features."""
+
+    @property
+    def row_elems(self) -> int:
+        """Elements of a row."""
+
+    @property
+    def row_dtype(self) -> str:
+        """numpy name of the elements."""
+
+    def rows(self, length: np.ndarray) -> np.ndarray:
+        """int64 (n,) rows of samples with these lengths (n, L) in the index."""
+
+    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+        """Write the rows of one decoded sample to ``out`` (rows, E). Threads may call it together.
+
+        Raises:
+            DecodeError: the array is not what the index promises.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRows:
+    """Pixels to patches; other sizes are resized and cropped at the centre."""
+
+    config: ImageConfig
+    kind = "images"
+    row_dtype = "uint8"
+
+    @property
+    def row_elems(self) -> int:
+        """Bytes of a patch."""
+        c = self.config
+        return c.patch_height * c.patch_width * c.channels
+
+    def rows(self, length: np.ndarray) -> np.ndarray:
+        """One number for all: images of a run have one size."""
+        return np.full(len(length), self.config.patches, np.int64)
+
+    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+        """See ``Rows``."""
+        c = self.config
+        if array.shape[:2] != (c.height, c.width):
+            array = fitted(array, c.height, c.width)
+        to_patches(array[None], c.patch_height, c.patch_width, out)
+
+
+def fitted(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 (h, w, c) to (height, width, c): the largest middle part of that shape, resized."""
+    from PIL import Image, ImageOps
+
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    small = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(small).reshape(height, width, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class AudioRows:
+    """Samples to rows; the last one ends in silence. Sounds longer than the positions are cut."""
+
+    config: AudioConfig
+    kind = "audio"
+    row_dtype = "int16"
+
+    @property
+    def row_elems(self) -> int:
+        """Samples of a row."""
+        return self.config.row_samples
+
+    def rows(self, length: np.ndarray) -> np.ndarray:
+        """Begun rows, at most the positions of the run."""
+        whole = -(-length[:, 0].astype(np.int64) // self.config.row_samples)
+        return np.minimum(whole, self.config.positions)
+
+    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+        """See ``Rows``."""
+        flat = out.reshape(-1)
+        samples = array[: len(flat)]
+        if -(-len(samples) // self.row_elems) != len(out):
+            raise DecodeError(f"{len(samples)} samples; the index promises {len(out)} rows")
+        flat[: len(samples)] = samples
+        flat[len(samples) :] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextRows:
+    """UTF-8 text to one row per byte; ids are the bytes. Longer texts are cut.
+
+    Raises:
+        DataError: the vocabulary has no place for every byte.
+    """
+
+    config: TextConfig
+    kind = "text"
+    row_elems = 1
+    row_dtype = "int32"
+
+    def __post_init__(self) -> None:
+        if self.config.vocabulary < 256:
+            raise DataError(
+                f"{self.config.name}.vocabulary is {self.config.vocabulary}; bytes need 256"
+            )
+
+    def rows(self, length: np.ndarray) -> np.ndarray:
+        """Bytes, at most the positions of the run."""
+        return np.minimum(length[:, 0].astype(np.int64), self.config.positions)
+
+    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+        """See ``Rows``."""
+        if len(array) < len(out):
+            raise DecodeError(f"{len(array)} bytes; the index promises {len(out)} rows")
+        out[:, 0] = array[: len(out)]
+
+
+@dataclass(frozen=True, slots=True)
+class FeaturesRows:
+    """Feature rows as they are, or a single vector as one."""
+
+    config: FeaturesConfig
+    kind = "features"
+    row_dtype = "float32"
+
+    @property
+    def row_elems(self) -> int:
+        """Features of a row."""
+        return self.config.size
+
+    def rows(self, length: np.ndarray) -> np.ndarray:
+        """Rows of the array."""
+        return length[:, 0].astype(np.int64)
+
+    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+        """See ``Rows``."""
+        if array.shape != out.shape:
+            raise DecodeError(f"shape {list(array.shape)}, the run takes {list(out.shape)}")
+        if not np.isfinite(array).all():
+            raise DecodeError("NaN or infinity among the features")
+        out[:] = array
+
+
+def rows_of(config: ModalityConfig) -> Rows:
+    """What writes the rows of a modality.
+
+    Raises:
+        DataError: samples of the modality cannot be read from files, or its vocabulary has no
+            place for every byte.
+    """
+    if isinstance(config, ImageConfig):
+        return ImageRows(config)
+    if isinstance(config, AudioConfig):
+        return AudioRows(config)
+    if isinstance(config, TextConfig):
+        return TextRows(config)
+    if isinstance(config, FeaturesConfig):
+        return FeaturesRows(config)
+    raise DataError(f"{config.name}: {type(config).__name__} is not read from files")
