@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from uml_fast.config import ConfigError, DataConfig, ModalityConfig, RunConfig, require
+from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Backend, decode_of
 from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import DataErrors, ShardSource
+from uml_fast.data.shard_source import ShardSource
 from uml_fast.data.shards import ShardSet, read_manifest
 from uml_fast.data.source import DataError, Task, in_memory
 

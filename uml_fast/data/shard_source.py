@@ -2,56 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
+from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Decode, DecodeError
 from uml_fast.data.rows import Rows
 from uml_fast.data.shards import ShardSet
 from uml_fast.data.source import DataError
-
-
-class DataErrors:
-    """Counts and names the samples that cannot be read; each once, however often it is tried.
-
-    Args:
-        most: samples that may fail before the run stops.
-        path: JSON lines file that names them; None: nowhere.
-    """
-
-    def __init__(self, most: int, path: Path | None = None) -> None:
-        self.most, self.path = most, path
-        self._lock = threading.Lock()
-        self._seen: set[tuple[str, str]] = set()
-
-    def __len__(self) -> int:
-        return len(self._seen)
-
-    def add(self, source: str, key: str, problem: str) -> None:
-        """Note a sample.
-
-        Raises:
-            DataError: there are more than ``most``.
-        """
-        with self._lock:
-            if (source, key) in self._seen:
-                return
-            self._seen.add((source, key))
-            if self.path is not None:
-                line = {"modality": source, "sample": key, "problem": problem}
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-            if len(self._seen) > self.most:
-                where = f"; all are named in {self.path}" if self.path else ""
-                raise DataError(
-                    f"{source}, sample {key}: {problem}. {len(self._seen)} samples cannot be read, "
-                    f"data.max_errors is {self.most}{where}"
-                )
 
 
 class ShardSource:
