@@ -30,7 +30,9 @@ class Lazy:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, samples: np.ndarray, out: np.ndarray) -> list[int]:
+    def read(
+        self, samples: np.ndarray, out: np.ndarray, epochs: np.ndarray | None = None
+    ) -> list[int]:
         self.reads += 1
         time.sleep(self.delay_s * (self.reads % 3))
         self.source.read(samples, out)
@@ -96,10 +98,43 @@ def test_samples_that_cannot_be_read_become_padding(monkeypatch: pytest.MonkeyPa
     assert_same(packs(lazy), got)
 
 
+class Visits(Lazy):
+    """A source whose rows are the epochs they are read in."""
+
+    def read(
+        self, samples: np.ndarray, out: np.ndarray, epochs: np.ndarray | None = None
+    ) -> list[int]:
+        assert epochs is not None
+        assert len(samples) == len(epochs)
+        out[:] = np.repeat(epochs, self.source.lengths_of(samples))[: len(out), None]
+        return []
+
+
+@pytest.mark.native
+def test_a_source_is_told_the_epoch_of_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uml_fast.data.produce._PART_BYTES", 24)
+    visits = tuple(Visits(s, delay_s=0.001) for s in SOURCES)
+    got = packs(visits, threads=3)
+    for m in range(2):
+        seen = np.zeros(len(SOURCES[m]), int)
+        for pack in got:
+            chosen = np.flatnonzero(pack["modality_S"] == m)
+            first = pack["offsets_S1"][chosen] - 48 * m
+            epochs = pack[f"raw {m}"][first, 0]
+            for i, epoch in zip(pack["sample_S"][chosen], epochs, strict=True):
+                assert epoch == seen[i]
+                seen[i] += 1
+        assert seen.min() > 2
+    monkeypatch.setattr("uml_fast.native.module", lambda: None)
+    assert_same(packs(visits), got)
+
+
 @pytest.mark.native
 def test_an_error_in_a_source_reaches_the_consumer_as_it_is() -> None:
     class Broken(Lazy):
-        def read(self, samples: np.ndarray, out: np.ndarray) -> list[int]:
+        def read(
+            self, samples: np.ndarray, out: np.ndarray, epochs: np.ndarray | None = None
+        ) -> list[int]:
             raise DataError("a: shard 3 is gone")
 
     with (

@@ -67,12 +67,14 @@ def test_no_sample_runs_ahead_and_regions_hold_their_samples(case, world: int) -
         for planner in planners:
             plan = planner.next()
             layout = layouts[plan.layout]
-            for region, index in zip(layout.regions, plan.samples, strict=True):
+            for m, (region, index) in enumerate(zip(layout.regions, plan.samples, strict=True)):
                 lengths = next(s.lengths for s in streams if s.name == region.name)
                 rest = region.rows - int(lengths[index].sum())
                 assert rest >= 0
                 assert len(index) + padding_slots(rest, region.max_len) <= region.slots
-                np.add.at(seen[region.name], index, 1)
+                for i, epoch in zip(index, plan.epochs[m], strict=True):
+                    assert epoch == seen[region.name][i] or world > 1
+                    seen[region.name][i] += 1
             assert sum(len(x) for x in plan.samples) > 0
         if world == 1:
             assert all(np.ptp(n) <= 1 for n in seen.values())
@@ -94,6 +96,7 @@ def test_restored_planner_continues(case, packs: int) -> None:
         a, b = first.next(), second.next()
         assert a.layout == b.layout
         assert [x.tolist() for x in a.samples] == [x.tolist() for x in b.samples]
+        assert [x.tolist() for x in a.epochs] == [x.tolist() for x in b.epochs]
     assert first.state_dict() == second.state_dict()
 
 
@@ -110,9 +113,10 @@ def test_native_planner_gives_the_same_plans_and_states(case, world: int) -> Non
         assert extension is not None
         planner = extension.Planner(**args)
         for _ in range(20):
-            want, (layout, samples) = reference.next(), planner.next()
+            want, (layout, picks) = reference.next(), planner.next()
             assert layout == want.layout
-            assert [x.tolist() for x in samples] == [x.tolist() for x in want.samples]
+            assert [x.tolist() for x, _ in picks] == [x.tolist() for x in want.samples]
+            assert [e.tolist() for _, e in picks] == [e.tolist() for e in want.epochs]
         assert planner.save().tolist() == reference.state_dict()["planner"]
 
 

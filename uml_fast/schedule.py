@@ -74,6 +74,8 @@ class PackPlan:
     """Index of the layout."""
     samples: tuple[np.ndarray, ...]
     """Per region int64 sample indices in packed order."""
+    epochs: tuple[np.ndarray, ...]
+    """Per region int64 epoch that each of these samples is taken from."""
 
 
 class _Queue:
@@ -104,15 +106,15 @@ class _Queue:
             self.lengths.append(int(self.stream.lengths[i]))
             self.cursor += 1
 
-    def take(self, position: int) -> int:
-        """Remove the sample at ``position`` of the window; its index."""
-        _, i = self.window.pop(position)
+    def take(self, position: int) -> tuple[int, int]:
+        """Remove the sample at ``position`` of the window; its epoch and index."""
+        taken = self.window.pop(position)
         n = self.lengths.pop(position)
         self.phase_rows += n
         self.rows += n
         self.samples += 1
         self.refill()
-        return i
+        return taken
 
     def group(self, rem: int, room: int, count: int, rule: RegionRule) -> tuple[int, ...]:
         """Window positions of the one or two samples that leave least of ``rem``; maybe none."""
@@ -140,9 +142,9 @@ class _Queue:
             choice = (i, j)
         return choice
 
-    def fill(self, target: int, rule: RegionRule) -> list[int]:
+    def fill(self, target: int, rule: RegionRule) -> list[tuple[int, int]]:
         """Take samples for one region so that their rows come nearest to ``target``."""
-        picks: list[int] = []
+        picks: list[tuple[int, int]] = []
         taken = 0
         while True:
             rem, room, n = target - taken, rule.rows - taken, self.lengths[0]
@@ -189,17 +191,18 @@ class Planner:
         queues = [self._queues[r.stream] for r in rule.regions]
         shares = [q.stream.share for q in queues]
         reach = min(q.phase_rows / a for q, a in zip(queues, shares, strict=True))
-        samples: list[list[int]] = [[] for _ in queues]
-        while not any(samples):
+        picks: list[list[tuple[int, int]]] = [[] for _ in queues]
+        while not any(picks):
             reach += rule.pace
             ahead = reach
             for k, m in enumerate(rule.order):
                 target = math.floor(ahead * shares[m] + 0.5) - queues[m].phase_rows
-                samples[m] = queues[m].fill(target, rule.regions[m])
+                picks[m] = queues[m].fill(target, rule.regions[m])
                 if k == 0:
                     ahead = queues[m].phase_rows / shares[m]
         self._packs += 1
-        return PackPlan(index, tuple(np.array(x, np.int64) for x in samples))
+        pairs = [np.array(x, np.int64).reshape(-1, 2) for x in picks]
+        return PackPlan(index, tuple(p[:, 1] for p in pairs), tuple(p[:, 0] for p in pairs))
 
     def _first_side_done(self) -> bool:
         side = [self._queues[i] for i in self._rules.first_side]

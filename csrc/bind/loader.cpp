@@ -72,9 +72,13 @@ std::span<int64_t> span_of(py::array_t<int64_t>& out) {
   return {out.mutable_data(), static_cast<size_t>(out.size())};
 }
 
-py::list plan_samples(const uml::PackPlan& plan, size_t regions) {
+// (samples, epochs) of each region.
+py::list picks_of(const uml::PackPlan& plan, size_t regions) {
   py::list out;
-  for (size_t m = 0; m < regions; ++m) out.append(to_array(plan.samples[m]));
+  for (size_t m = 0; m < regions; ++m) {
+    const uml::Picks& picks = plan.regions[m];
+    out.append(py::make_tuple(to_array(picks.samples), to_array(picks.epochs)));
+  }
   return out;
 }
 
@@ -90,7 +94,7 @@ struct BoundPlanner {
       planner.next(plan);
     }
     const size_t regions = planner.spec().layouts[plan.layout].regions.size();
-    return py::make_tuple(plan.layout, plan_samples(plan, regions));
+    return py::make_tuple(plan.layout, picks_of(plan, regions));
   }
   py::array_t<int64_t> save() const {
     py::array_t<int64_t> state(static_cast<py::ssize_t>(planner.state_size()));
@@ -114,7 +118,7 @@ struct BoundLoader {
     return py::array(py::dtype::of<uint8_t>(), {block.bytes}, {size_t{1}}, block.host, base);
   }
 
-  // A job as (slot, region, generation, samples, its rows' bytes), or None.
+  // A job as (slot, region, generation, samples, epochs, its rows' bytes), or None.
   py::object take(int stream, double wait_s) {
     std::optional<uml::Job> job;
     {
@@ -127,7 +131,8 @@ struct BoundLoader {
     py::capsule base(owner.release(), [](void* p) { delete static_cast<Owner*>(p); });
     const size_t bytes = loader.map(loader.layout(job->slot)).raw[job->region].bytes;
     py::array rows(py::dtype::of<uint8_t>(), {bytes}, {size_t{1}}, job->rows, base);
-    return py::make_tuple(job->slot, job->region, job->generation, to_array(job->samples), rows);
+    return py::make_tuple(job->slot, job->region, job->generation, to_array(job->samples),
+                          to_array(job->epochs), rows);
   }
 
   // (offset, bytes) of each array of a layout: raw rows per region, then the arrays that describe
@@ -245,7 +250,7 @@ void bind_loader(py::module_& m) {
            [](BoundLoader& self, int slot, int region, uint64_t generation,
               const std::vector<int64_t>& rejected) {
              py::gil_scoped_release nogil;
-             self.loader.finish({slot, region, generation, {}, nullptr}, rejected);
+             self.loader.finish({slot, region, generation, {}, {}, nullptr}, rejected);
            })
       .def("fail",
            [](BoundLoader& self, const std::string& what) {

@@ -63,7 +63,7 @@ void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const Sour
     const int64_t end_row = row + r.rows;
     end_slot += r.slots;
     std::byte* raw = slot + map.raw[m].offset;
-    for (const int64_t i : plan.samples[m]) {
+    for (const int64_t i : plan.regions[m].samples) {
       const int64_t rows = source.offsets[i + 1] - source.offsets[i];
       const size_t bytes = static_cast<size_t>(rows) * source.row_bytes;
       if (source.rows) {
@@ -88,10 +88,10 @@ void reject(const LayoutRule& layout, const SlotMap& map, std::span<const Source
   for (int m = 0; m < region; ++m) s += layout.regions[m].slots;
   int64_t first = 0;
   for (int64_t i = 0; i < at; ++i) {
-    const int64_t sample = plan.samples[region][i];
+    const int64_t sample = plan.regions[region].samples[i];
     first += source.offsets[sample + 1] - source.offsets[sample];
   }
-  const int64_t sample = plan.samples[region][at];
+  const int64_t sample = plan.regions[region].samples[at];
   const int64_t rows = source.offsets[sample + 1] - source.offsets[sample];
   std::memset(slot + map.raw[region].offset + static_cast<size_t>(first) * source.row_bytes, 0,
               static_cast<size_t>(rows) * source.row_bytes);

@@ -56,10 +56,12 @@ Loader::Loader(PlannerSpec spec, std::vector<SourceSpec> sources, std::shared_pt
   for (Slot& slot : slots_) {
     slot.state.resize(planner_.state_size());
     for (const LayoutRule& layout : rules.layouts) {
-      slot.plan.samples.resize(std::max(slot.plan.samples.size(), layout.regions.size()));
-      slot.work.resize(slot.plan.samples.size(), Work::kNone);
+      slot.plan.regions.resize(std::max(slot.plan.regions.size(), layout.regions.size()));
+      slot.work.resize(slot.plan.regions.size(), Work::kNone);
       for (size_t m = 0; m < layout.regions.size(); ++m) {
-        slot.plan.samples[m].reserve(static_cast<size_t>(layout.regions[m].slots));
+        Picks& picks = slot.plan.regions[m];
+        picks.samples.reserve(static_cast<size_t>(layout.regions[m].slots));
+        picks.epochs.reserve(static_cast<size_t>(layout.regions[m].slots));
       }
     }
   }
@@ -131,7 +133,7 @@ void Loader::make_pack(int index) {
     std::lock_guard lock(mutex_);
     bool is_whole = true;
     for (size_t m = 0; m < layout.regions.size(); ++m) {
-      if (sources_[layout.regions[m].stream].rows || slot.plan.samples[m].empty()) continue;
+      if (sources_[layout.regions[m].stream].rows || slot.plan.regions[m].samples.empty()) continue;
       slot.work[m] = Work::kWaiting;
       is_whole = false;
     }
@@ -221,7 +223,8 @@ std::optional<Job> Loader::take(int stream, double wait_s) {
   slot.work[job.region] = Work::kTaken;
   ++taken_;
   job.generation = generation_;
-  job.samples = slot.plan.samples[job.region];
+  job.samples = slot.plan.regions[job.region].samples;
+  job.epochs = slot.plan.regions[job.region].epochs;
   job.rows = memory_->block(job.slot).host + maps_[slot.plan.layout].raw[job.region].offset;
   return job;
 }

@@ -46,6 +46,7 @@ struct Job {
   int region = 0;
   uint64_t generation = 0;           // of load; jobs of an earlier one come to nothing
   std::span<const int64_t> samples;  // indices in the source, in packed order
+  std::span<const int64_t> epochs;   // the epoch that each sample is taken from
   std::byte* rows = nullptr;
 };
 

@@ -49,15 +49,16 @@ void StreamQueue::refill() {
   }
 }
 
-int64_t StreamQueue::take(int position) {
+void StreamQueue::take(int position, Picks& picks) {
   const Entry taken = window_[position];
   std::move(window_.begin() + position + 1, window_.begin() + held_, window_.begin() + position);
   --held_;
   phase_rows_ += taken.length;
   rows_ += taken.length;
   ++samples_;
+  picks.samples.push_back(taken.sample);
+  picks.epochs.push_back(taken.epoch);
   refill();
-  return taken.sample;
 }
 
 StreamQueue::Group StreamQueue::best_group(int64_t rem, int64_t room, int64_t count,
@@ -89,13 +90,13 @@ StreamQueue::Group StreamQueue::best_group(int64_t rem, int64_t room, int64_t co
   return choice;
 }
 
-void StreamQueue::fill(int64_t target, const RegionRule& rule, std::vector<int64_t>& picks) {
+void StreamQueue::fill(int64_t target, const RegionRule& rule, Picks& picks) {
   int64_t taken = 0;
   for (;;) {
     const int64_t rem = target - taken;
     const int64_t room = rule.rows - taken;
     const int64_t n = window_[0].length;
-    const int64_t count = static_cast<int64_t>(picks.size());
+    const int64_t count = static_cast<int64_t>(picks.samples.size());
     Group group{1, {0, 0}};
     const bool helps = rem - n >= rule.reserve || (count == 0 && std::abs(rem - n) < std::abs(rem));
     if (!helps || !fits(room - n, count + 1, rule)) group = best_group(rem, room, count, rule);
@@ -103,7 +104,7 @@ void StreamQueue::fill(int64_t target, const RegionRule& rule, std::vector<int64
     for (int k = 0; k < group.count; ++k) {
       const int position = group.position[k] - k;
       taken += window_[position].length;
-      picks.push_back(take(position));
+      take(position, picks);
     }
   }
 }
@@ -186,8 +187,11 @@ void Planner::next(PackPlan& plan) {
   }
   plan.layout = layout_index();
   const LayoutRule& rule = spec_.layouts[plan.layout];
-  if (plan.samples.size() < rule.regions.size()) plan.samples.resize(rule.regions.size());
-  for (auto& picks : plan.samples) picks.clear();
+  if (plan.regions.size() < rule.regions.size()) plan.regions.resize(rule.regions.size());
+  for (Picks& picks : plan.regions) {
+    picks.samples.clear();
+    picks.epochs.clear();
+  }
   double reach = queues_[rule.regions[0].stream].progress();
   for (const RegionRule& r : rule.regions) reach = std::min(reach, queues_[r.stream].progress());
   for (bool is_empty = true; is_empty;) {
@@ -198,9 +202,9 @@ void Planner::next(PackPlan& plan) {
       StreamQueue& q = queues_[rule.regions[m].stream];
       const int64_t target =
           static_cast<int64_t>(std::floor(ahead * q.share() + 0.5)) - q.phase_rows();
-      q.fill(target, rule.regions[m], plan.samples[m]);
+      q.fill(target, rule.regions[m], plan.regions[m]);
       if (k == 0) ahead = q.progress();
-      is_empty = is_empty && plan.samples[m].empty();
+      is_empty = is_empty && plan.regions[m].samples.empty();
     }
   }
   ++packs_;

@@ -50,10 +50,17 @@ struct PlannerSpec {
   int world = 1;
 };
 
-// The samples of one pack. `samples` keeps its capacity from pack to pack.
+// The samples of one region in packed order, and the epoch that each is taken from.
+struct Picks {
+  std::vector<int64_t> samples;
+  std::vector<int64_t> epochs;
+  bool operator==(const Picks&) const = default;
+};
+
+// The samples of one pack. `regions` keeps its capacity from pack to pack.
 struct PackPlan {
   int layout = 0;
-  std::vector<std::vector<int64_t>> samples;  // per region, in packed order
+  std::vector<Picks> regions;
 };
 
 // The samples of one stream to come: a window of the next 64 in the order of their epochs.
@@ -62,7 +69,7 @@ class StreamQueue {
   StreamQueue(const StreamSpec& spec, uint64_t seed, int rank, int world);
 
   // Appends to `picks` the samples whose rows come nearest to `target`.
-  void fill(int64_t target, const RegionRule& rule, std::vector<int64_t>& picks);
+  void fill(int64_t target, const RegionRule& rule, Picks& picks);
 
   int64_t size() const { return static_cast<int64_t>(spec_.offsets.size()) - 1; }
   double progress() const { return static_cast<double>(phase_rows_) / spec_.share; }
@@ -88,7 +95,7 @@ class StreamQueue {
 
   void seek(int64_t epoch, int64_t cursor);
   void refill();
-  int64_t take(int position);
+  void take(int position, Picks& picks);
   Group best_group(int64_t rem, int64_t room, int64_t count, const RegionRule& rule) const;
   int64_t length(int64_t sample) const { return spec_.offsets[sample + 1] - spec_.offsets[sample]; }
 

@@ -171,7 +171,7 @@ void slots_outlive_the_work_that_reads_them() {
       planner.next(plan);
       const Field field = loader->map(0).sample;
       const std::byte* at = memory->block(slot).device + field.offset;
-      compute.push([at, expected = plan.samples[0], &wrong] {
+      compute.push([at, expected = plan.regions[0].samples, &wrong] {
         std::this_thread::sleep_for(milliseconds(3));
         wrong += std::memcmp(at, expected.data(), expected.size() * sizeof(int64_t)) != 0;
       });
@@ -280,17 +280,17 @@ void a_restored_loader_continues() {
   const Fixture data;
   const auto loader = data.loader(std::make_shared<HostDevice>(), 3, 2);
   std::vector<int64_t> state;
-  std::vector<std::vector<std::vector<int64_t>>> later;
+  std::vector<std::vector<Picks>> later;
   for (int k = 0; k < 60; ++k) {
     const int slot = loader->acquire(10.0, nullptr).value();
     if (k == 20) state.assign(loader->state(slot).begin(), loader->state(slot).end());
-    if (k > 20) later.push_back(loader->plan(slot).samples);
+    if (k > 20) later.push_back(loader->plan(slot).regions);
     loader->release(slot, nullptr);
   }
   loader->load(state);
-  for (const auto& samples : later) {
+  for (const auto& picks : later) {
     const int slot = loader->acquire(10.0, nullptr).value();
-    CHECK(loader->plan(slot).samples == samples);
+    CHECK(loader->plan(slot).regions == picks);
     loader->release(slot, nullptr);
   }
 }

@@ -30,11 +30,11 @@ void no_sample_runs_ahead_of_another() {
     for (int m = 0; m < 2; ++m) {
       const RaggedData& data = m == 0 ? a : b;
       int64_t packed = 0;
-      for (int64_t i : plan.samples[m]) packed += data.offsets[i + 1] - data.offsets[i];
+      for (int64_t i : plan.regions[m].samples) packed += data.offsets[i + 1] - data.offsets[i];
       CHECK(packed <= 120);
       rows[m] += packed;
     }
-    for (int64_t i : plan.samples[0]) ++seen[i];
+    for (int64_t i : plan.regions[0].samples) ++seen[i];
     const auto [least, most] = std::minmax_element(seen.begin(), seen.end());
     CHECK(*most - *least <= 1);
   }
@@ -52,7 +52,7 @@ void a_restored_planner_continues() {
   for (int k = 0; k < 100; ++k) {
     first.next(x);
     second.next(y);
-    CHECK(x.samples == y.samples);
+    CHECK(x.regions == y.regions);
   }
   state[7 + 8 + 1] = 50;  // the first sample of the window does not exist
   bool is_refused = false;

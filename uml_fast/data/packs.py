@@ -56,15 +56,19 @@ def planner_args(
 
 
 def assemble(
-    layout: Layout, sources: Mapping[str, Samples], samples: Sequence[np.ndarray]
+    layout: Layout,
+    sources: Mapping[str, Samples],
+    samples: Sequence[np.ndarray],
+    epochs: Sequence[np.ndarray] | None = None,
 ) -> PackedBatch:
     """The pack of the given samples (per region int64 indices), in newly allocated memory.
 
-    Samples that cannot be read become padding.
+    ``epochs`` as in ``Samples.read``. Samples that cannot be read become padding.
     """
     names = [r.name for r in layout.regions]
     chosen = dict(zip(names, samples, strict=True))
-    read = {name: _read(sources[name], index) for name, index in chosen.items()}
+    visits = dict(zip(names, epochs, strict=True)) if epochs is not None else {}
+    read = {name: _read(sources[name], index, visits.get(name)) for name, index in chosen.items()}
     batch = pack_samples(
         layout,
         {name: rows for name, (rows, _) in read.items()},
@@ -79,11 +83,13 @@ def assemble(
     return batch
 
 
-def _read(source: Samples, index: np.ndarray) -> tuple[list[np.ndarray], list[int]]:
+def _read(
+    source: Samples, index: np.ndarray, epochs: np.ndarray | None
+) -> tuple[list[np.ndarray], list[int]]:
     """Rows of each sample, zeros where it cannot be read, and the places of those."""
     lengths = source.lengths_of(index)
     rows = np.zeros((int(lengths.sum()), source.row_elems), source.row_dtype)
-    rejected = source.read(index, rows)
+    rejected = source.read(index, rows, epochs)
     parts = np.split(rows, np.cumsum(lengths)[:-1]) if len(index) else []
     for at in rejected:
         parts[at][:] = 0
@@ -119,7 +125,8 @@ class ReferencePacks:
 
     def next(self) -> tuple[PackedBatch, int]:
         plan = self._planner.next()
-        batch = assemble(self._layouts[plan.layout], self._sources, plan.samples)
+        layout = self._layouts[plan.layout]
+        batch = assemble(layout, self._sources, plan.samples, plan.epochs)
         self.state = np.array(self._planner.state_dict()["planner"], np.int64)
         return batch.to(self._device), plan.layout
 

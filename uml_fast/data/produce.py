@@ -56,24 +56,26 @@ class Producers:
             job = self._loader.take(stream, _POLL_S)
             if job is None:
                 continue
-            slot, region, generation, samples, region_bytes = job
+            slot, region, generation, samples, epochs, region_bytes = job
             rows = region_bytes.view(source.row_dtype).reshape(-1, source.row_elems)
             rejected: list[int] = []
             try:
-                rejected = self._read(source, samples, rows)
+                rejected = self._read(source, samples, epochs, rows)
             except BaseException as error:
                 self.error = self.error or error
                 self._loader.fail(f"{source.name}: {error}")
             finally:
                 self._loader.finish(slot, region, generation, rejected)
 
-    def _read(self, source: Samples, samples: np.ndarray, rows: np.ndarray) -> list[int]:
+    def _read(
+        self, source: Samples, samples: np.ndarray, epochs: np.ndarray, rows: np.ndarray
+    ) -> list[int]:
         first = np.concatenate([[0], np.cumsum(source.lengths_of(samples))])
         step = max(1, _PART_BYTES // (rows.itemsize * source.row_elems))
         cuts = np.unique(np.searchsorted(first, np.arange(0, first[-1], step), "right") - 1)
         bounds = [*cuts.tolist(), len(samples)]
         parts = [
-            self._pool.submit(source.read, samples[a:b], rows[first[a] : first[b]])
+            self._pool.submit(source.read, samples[a:b], rows[first[a] : first[b]], epochs[a:b])
             for a, b in itertools.pairwise(bounds)
         ]
         wait(parts)  # also where one fails: nothing may write to the slot after the job's end

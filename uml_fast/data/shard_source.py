@@ -81,7 +81,12 @@ class ShardSource:
         """Name of sample ``i``."""
         return self._shards.key(int(self._place[i]))
 
-    def read(self, samples: Sequence[int] | np.ndarray, out: np.ndarray) -> list[int]:
+    def read(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        out: np.ndarray,
+        epochs: Sequence[int] | np.ndarray | None = None,
+    ) -> list[int]:
         """Decode samples into ``out``; the places of those that cannot be are returned.
 
         Raises:

@@ -52,11 +52,19 @@ class Samples(Protocol):
     def key(self, i: int) -> str:
         """Name of sample ``i`` for messages."""
 
-    def read(self, samples: Sequence[int] | np.ndarray, out: np.ndarray) -> list[int]:
+    def read(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        out: np.ndarray,
+        epochs: Sequence[int] | np.ndarray | None = None,
+    ) -> list[int]:
         """Write the rows of some samples, one after the other, to the start of ``out`` (rows, E).
 
         Returns the places in ``samples`` that could not be read; their rows are undefined. Called
         from several threads at a time.
+
+        ``epochs`` are those that the samples are taken from: each epoch, a source that augments
+        changes a sample in another way. None: no sample is changed (evaluation, probes).
         """
 
 
@@ -141,8 +149,13 @@ class Source:
         """numpy name of the elements."""
         return self.rows.dtype.name
 
-    def read(self, samples: Sequence[int] | np.ndarray, out: np.ndarray) -> list[int]:
-        """Copy the rows of some samples to the start of ``out``; none is ever rejected."""
+    def read(
+        self,
+        samples: Sequence[int] | np.ndarray,
+        out: np.ndarray,
+        epochs: Sequence[int] | np.ndarray | None = None,
+    ) -> list[int]:
+        """Copy the rows of some samples to the start of ``out``; none is rejected or changed."""
         at = 0
         for i in samples:
             rows = self.sample(int(i))
