@@ -92,7 +92,7 @@ def test_packs_are_those_of_the_readable_definition(sources, path, policy) -> No
                 first = layouts[index].slot_slice(m).start
                 want.sample_S[first : first + len(x)] = torch.from_numpy(x)
             assert same(tensors(batch), tensors(want))
-        assert loader.state_dict() == planner.state_dict()
+        assert loader.state_dict()["planner"][-1]["ranks"] == [planner.save()]
         assert loader.epochs() == planner.epochs()
 
 

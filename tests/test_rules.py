@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "_native", "_native_cuda"),
     ("native", "device", "files", "progress"),
     ("kernels",),
-    ("pack", "layout", "schedule", "flops"),
+    ("pack", "layout", "schedule", "resume", "flops"),
     ("modalities",),
     ("model", "objective", "compat"),
     ("data",),

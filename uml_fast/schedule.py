@@ -3,10 +3,12 @@
 Both give the same plans, bit for bit; this one also runs where the extension is missing. All
 decisions are made on integers and IEEE doubles in a fixed order of operations.
 
-Order of a stream: epoch ``e`` visits samples by ``hash64(seed, stream, e, i)``, ties by ``i``. A
-window holds the next 64 of them. A region takes the oldest first, then the one or two of the window
-that bring it nearest to its target, and never a sample of the next epoch before the last of this
-one. So no sample is ever handed out twice more often than another.
+Order of a stream: epoch ``e`` visits samples by ``hash64(seed, stream, e, i)``, ties by ``i``. Of
+the places of all epochs one after the other, rank ``r`` of ``world`` takes every ``world``-th from
+``r`` on, so that uneven parts even out. A window holds the next 64 of them. A region takes the
+oldest first, then the one or two of the window that bring it nearest to its target, and never a
+sample of the next epoch before the last of this one. So no sample is ever handed out twice more
+often than another.
 
 Ratio: the region with the coarsest samples sets the pace, one quota ahead of the modality furthest
 behind, and the others follow what it reached. So the totals stay proportional to the shares
@@ -16,8 +18,8 @@ whatever the lengths.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,7 +31,7 @@ from uml_fast.pack import Layout, Region, padding_slots
 
 WINDOW = 64
 """Samples of each stream that a pack can choose from."""
-STATE_FORMAT = 1
+STATE_FORMAT = 2
 """Version of a planner's state: a list of integers, a header and one part per stream."""
 STATE_HEADER = 7
 """Integers of the header: format, seed, rank, world, packs, is warming up, number of streams."""
@@ -78,23 +80,52 @@ class PackPlan:
     """Per region int64 epoch that each of these samples is taken from."""
 
 
-class _Queue:
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """What a rank still gets of the epochs that had begun when the number of ranks changed."""
+
+    through: int = -1
+    """Last of those epochs; -1: there are none."""
+    epochs: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 (k,) epoch of each sample, rising."""
+    samples: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """int64 (k,) samples in the order in which they come."""
+
+
+def epoch_order(stream: Stream, seed: int, epoch: int) -> np.ndarray:
+    """int64 (n,) samples of a stream in the order in which ``epoch`` visits them."""
+    index = np.arange(len(stream.lengths))
+    return np.argsort(hash64(seed, stream_key(stream.name), epoch, index), kind="stable")
+
+
+def rank_part(order: np.ndarray, epoch: int, rank: int, world: int) -> np.ndarray:
+    """The samples of ``order`` that a rank takes in ``epoch``."""
+    return order[(rank - epoch * len(order)) % world :: world]
+
+
+class Queue:
     """The samples of one stream to come: a window of the next 64 in the order of their epochs."""
 
-    def __init__(self, stream: Stream, seed: int, rank: int, world: int) -> None:
+    def __init__(
+        self, stream: Stream, seed: int, rank: int, world: int, deal: Deal | None = None
+    ) -> None:
         self.stream, self.seed, self.rank, self.world = stream, seed, rank, world
-        self.key = stream_key(stream.name)
+        self.deal = Deal() if deal is None else deal
         self.phase_rows = self.samples = self.rows = 0
-        self.seek(0, 0)
+        self.seek(max(0, self.deal.through), 0)
         self.window: list[tuple[int, int]] = []
         self.lengths: list[int] = []
         self.refill()
 
     def seek(self, epoch: int, cursor: int) -> None:
-        """Go to a position in the order of ``epoch``."""
-        n = len(self.stream.lengths)
-        order = np.argsort(hash64(self.seed, self.key, epoch, np.arange(n)), kind="stable")
-        self.epoch, self.cursor, self.order = epoch, cursor, order[self.rank :: self.world]
+        """Go to a position in this rank's part of ``epoch``, or in what it was dealt."""
+        if epoch == self.deal.through:
+            self.epochs, self.order = self.deal.epochs, self.deal.samples
+        else:
+            order = epoch_order(self.stream, self.seed, epoch)
+            self.order = rank_part(order, epoch, self.rank, self.world)
+            self.epochs = np.broadcast_to(np.int64(epoch), self.order.shape)
+        self.epoch, self.cursor = epoch, cursor
 
     def refill(self) -> None:
         """Fill the window up."""
@@ -102,9 +133,22 @@ class _Queue:
             if self.cursor == len(self.order):
                 self.seek(self.epoch + 1, 0)
             i = int(self.order[self.cursor])
-            self.window.append((self.epoch, i))
+            self.window.append((int(self.epochs[self.cursor]), i))
             self.lengths.append(int(self.stream.lengths[i]))
             self.cursor += 1
+
+    def save(self) -> list[int]:
+        """This stream's part of a state."""
+        head = [self.epoch, self.cursor, self.phase_rows, self.samples, self.rows]
+        return [*stream_identity(self.stream), *head, *(x for pair in self.window for x in pair)]
+
+    def load(self, values: Sequence[int], deal: Deal) -> None:
+        """Go to where ``save`` was called on a queue with the same ``deal``."""
+        self.deal = deal
+        epoch, cursor, self.phase_rows, self.samples, self.rows = values[3:8]
+        self.seek(epoch, cursor)
+        self.window = list(zip(values[8::2], values[9::2], strict=True))
+        self.lengths = [int(self.stream.lengths[i]) for _, i in self.window]
 
     def take(self, position: int) -> tuple[int, int]:
         """Remove the sample at ``position`` of the window; its epoch and index."""
@@ -176,7 +220,7 @@ class Planner:
     ) -> None:  # fmt: skip
         check_ranks(streams, rank, world)
         self._rules = make_rules(streams, layouts, mix)
-        self._queues = [_Queue(s, seed, rank, world) for s in streams]
+        self._queues = [Queue(s, seed, rank, world) for s in streams]
         self._identity = (STATE_FORMAT, seed, rank, world)
         self._packs, self._warm = 0, bool(self._rules.first_side)
 
@@ -220,38 +264,20 @@ class Planner:
         """Passes over each stream so far, in epochs of all ranks together."""
         return {q.stream.name: q.samples * q.world / len(q.stream.lengths) for q in self._queues}
 
-    def state_dict(self) -> dict[str, list[int]]:
-        """Where the planner is: plain integers, a few hundred per stream."""
+    def save(self) -> list[int]:
+        """Where the planner is: a few hundred integers a stream."""
         state = [*self._identity, self._packs, int(self._warm), len(self._queues)]
-        for q in self._queues:
-            state += [
-                *stream_identity(q.stream),
-                q.epoch,
-                q.cursor,
-                q.phase_rows,
-                q.samples,
-                q.rows,
-            ]
-            state += [x for entry in q.window for x in entry]
-        return {"planner": state}
+        return state + [x for q in self._queues for x in q.save()]
 
-    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
-        """Continue where ``state_dict`` was taken.
+    def load(self, values: Sequence[int], deals: Sequence[Deal] = ()) -> None:
+        """Continue where ``save`` was called on the planner of this rank.
 
-        Raises:
-            ValueError: the state is of other data, another seed or another rank; says which.
+        ``deals`` are what its streams were dealt (``uml_fast.resume``); none: nothing.
         """
-        streams = [q.stream for q in self._queues]
-        values = check_state(state, streams, self._identity)
         self._packs, self._warm = values[4], bool(values[5])
-        at = STATE_HEADER
-        for q in self._queues:
-            epoch, cursor, q.phase_rows, q.samples, q.rows = values[at + 3 : at + 8]
-            q.seek(epoch, cursor)
-            window = values[at + 8 : at + STREAM_STATE]
-            q.window = list(zip(window[::2], window[1::2], strict=True))
-            q.lengths = [int(q.stream.lengths[i]) for _, i in q.window]
-            at += STREAM_STATE
+        for k, q in enumerate(self._queues):
+            at = STATE_HEADER + k * STREAM_STATE
+            q.load(values[at : at + STREAM_STATE], deals[k] if deals else Deal())
 
 
 def check_ranks(streams: Sequence[Stream], rank: int, world: int) -> None:
@@ -268,40 +294,6 @@ def stream_identity(stream: Stream) -> tuple[int, int, int]:
     """What tells a stream from another in a state: name, number of samples, number of rows."""
     key = stream_key(stream.name)
     return (key - (1 << 64) if key >> 63 else key, len(stream.lengths), int(stream.lengths.sum()))
-
-
-def check_state(
-    state: Mapping[str, list[int]], streams: Sequence[Stream], identity: tuple[int, int, int, int]
-) -> list[int]:
-    """The integers of a state after checking that they belong to this run.
-
-    Raises:
-        ValueError: they do not; the message says what differs.
-    """
-    values = [int(x) for x in state.get("planner", ())]
-    head = STATE_HEADER
-    if len(values) < head or values[0] != STATE_FORMAT:
-        raise ValueError("not a planner state of this version of uml_fast")
-    for what, saved, here in zip(
-        ("format", "seed", "rank", "world"), values, identity, strict=False
-    ):
-        if saved != here:
-            raise ValueError(
-                f"the planner state was saved with {what} {saved}, this run has {here}"
-            )
-    if values[head - 1] != len(streams) or len(values) != head + len(streams) * STREAM_STATE:
-        raise ValueError(
-            f"the planner state holds {values[head - 1]} streams, this run has {len(streams)}"
-        )
-    for k, s in enumerate(streams):
-        at = head + k * STREAM_STATE
-        if tuple(values[at : at + 3]) != stream_identity(s):
-            raise ValueError(
-                f"the planner state was saved with other data for {s.name}: "
-                f"{values[at + 1]} samples of {values[at + 2]} rows in total; "
-                f"this run has {len(s.lengths)} of {int(s.lengths.sum())}"
-            )
-    return values
 
 
 def sequential_plan(lengths: np.ndarray, region: Region) -> Iterator[np.ndarray]:

@@ -31,6 +31,19 @@ using LayoutArgs = std::tuple<std::vector<RegionArgs>, std::vector<int>, double>
 // (rows as bytes, none where producers write them; bytes of a row; labels)
 using SourceArgs = std::tuple<Rows, size_t, Labels>;
 
+// (through, epochs, samples)
+using DealArgs = std::tuple<int64_t, Offsets, Offsets>;
+
+std::vector<uml::Deal> deals_of(const std::vector<DealArgs>& args) {
+  std::vector<uml::Deal> deals;
+  for (const auto& [through, epochs, samples] : args) {
+    deals.push_back({through,
+                     {epochs.data(), epochs.data() + epochs.size()},
+                     {samples.data(), samples.data() + samples.size()}});
+  }
+  return deals;
+}
+
 uml::Policy policy_of(const std::string& name) {
   if (name == "joint") return uml::Policy::kJoint;
   if (name == "alternate") return uml::Policy::kAlternate;
@@ -194,9 +207,10 @@ void bind_loader(py::module_& m) {
            py::arg("warmup_epochs"), py::arg("seed"), py::arg("rank"), py::arg("world"))
       .def("next", &BoundPlanner::next)
       .def("save", &BoundPlanner::save)
-      .def("load", [](BoundPlanner& self, const Offsets& state) {
-        self.planner.load({state.data(), static_cast<size_t>(state.size())});
-      });
+      .def("load",
+           [](BoundPlanner& self, const Offsets& state, const std::vector<DealArgs>& deals) {
+             self.planner.load({state.data(), static_cast<size_t>(state.size())}, deals_of(deals));
+           });
 
   py::class_<BoundLoader>(m, "Loader")
       .def(
@@ -232,9 +246,10 @@ void bind_loader(py::module_& m) {
           "close", [](BoundLoader& self) { self.loader.close(); },
           py::call_guard<py::gil_scoped_release>())
       .def("load",
-           [](BoundLoader& self, const Offsets& state) {
+           [](BoundLoader& self, const Offsets& state, const std::vector<DealArgs>& args) {
+             std::vector<uml::Deal> deals = deals_of(args);
              py::gil_scoped_release nogil;
-             self.loader.load({state.data(), static_cast<size_t>(state.size())});
+             self.loader.load({state.data(), static_cast<size_t>(state.size())}, std::move(deals));
            })
       .def("layout", [](BoundLoader& self, int slot) { return self.loader.layout(slot); })
       .def("save",

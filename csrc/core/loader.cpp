@@ -91,7 +91,7 @@ void Loader::close() {
   stop();
 }
 
-void Loader::load(std::span<const int64_t> state) {
+void Loader::load(std::span<const int64_t> state, std::vector<Deal> deals) {
   stop();
   std::unique_lock lock(mutex_);
   ++generation_;
@@ -103,7 +103,7 @@ void Loader::load(std::span<const int64_t> state) {
   claimed_ = acquired_ = 0;
   is_stopping_ = is_planning_ = false;
   error_ = nullptr;
-  planner_.load(state);
+  planner_.load(state, std::move(deals));
 }
 
 void Loader::save(std::span<int64_t> state) const {

@@ -79,8 +79,8 @@ class Loader {
   void fail(const std::string& what);
 
   // Drops what was made ahead, waits for the jobs that are taken, frees all slots and continues
-  // from a planner state.
-  void load(std::span<const int64_t> state);
+  // from a planner state (Planner::load).
+  void load(std::span<const int64_t> state, std::vector<Deal> deals);
 
   // The planner's state; only before the first acquire, later states belong to slots.
   void save(std::span<int64_t> state) const;

@@ -29,23 +29,34 @@ StreamQueue::StreamQueue(const StreamSpec& spec, uint64_t seed, int rank, int wo
   refill();
 }
 
+int64_t StreamQueue::first(int64_t epoch) const {
+  const int64_t before = epoch % world_ * (size() % world_) % world_;
+  return (rank_ - before + world_) % world_;
+}
+
 void StreamQueue::seek(int64_t epoch, int64_t cursor) {
+  epoch_ = epoch;
+  cursor_ = cursor;
+  if (epoch == deal_.through) {
+    order_ = deal_.samples;
+    return;
+  }
+  deal_ = {};
   for (int64_t i = 0; i < size(); ++i) hashes_[i] = hash64(seed_, spec_.key, epoch, i);
   std::iota(sorted_.begin(), sorted_.end(), 0);
   std::sort(sorted_.begin(), sorted_.end(), [this](int64_t a, int64_t b) {
     return std::pair(hashes_[a], a) < std::pair(hashes_[b], b);
   });
   order_.clear();
-  for (int64_t i = rank_; i < size(); i += world_) order_.push_back(sorted_[i]);
-  epoch_ = epoch;
-  cursor_ = cursor;
+  for (int64_t i = first(epoch); i < size(); i += world_) order_.push_back(sorted_[i]);
 }
 
 void StreamQueue::refill() {
   while (held_ < kWindow) {
     if (cursor_ == static_cast<int64_t>(order_.size())) seek(epoch_ + 1, 0);
+    const int64_t epoch = epoch_ == deal_.through ? deal_.epochs[cursor_] : epoch_;
     const int64_t sample = order_[cursor_++];
-    window_[held_++] = {epoch_, sample, length(sample)};
+    window_[held_++] = {epoch, sample, length(sample)};
   }
 }
 
@@ -125,15 +136,16 @@ void StreamQueue::save(std::span<int64_t> state) const {
   }
 }
 
-void StreamQueue::load(std::span<const int64_t> state) {
-  const int64_t share = (size() - rank_ + world_ - 1) / world_;
+void StreamQueue::load(std::span<const int64_t> state, Deal deal) {
+  const int64_t part = state[3] == deal.through ? static_cast<int64_t>(deal.samples.size())
+                                                : (size() - first(state[3]) + world_ - 1) / world_;
   bool ok = state[0] == static_cast<int64_t>(spec_.key) && state[1] == size() && state[3] >= 0 &&
-            state[4] >= 0 && state[4] <= share;
-  for (int k = 0; k < kWindow; ++k) {
-    const int64_t sample = state[8 + 2 * k + 1];
-    ok = ok && sample >= 0 && sample < size();
-  }
+            state[4] >= 0 && state[4] <= part && deal.epochs.size() == deal.samples.size();
+  const auto exists = [this](int64_t sample) { return sample >= 0 && sample < size(); };
+  for (int k = 0; k < kWindow; ++k) ok = ok && exists(state[8 + 2 * k + 1]);
+  ok = ok && std::all_of(deal.samples.begin(), deal.samples.end(), exists);
   if (!ok) throw std::invalid_argument("the planner state does not belong to these streams");
+  deal_ = std::move(deal);
   seek(state[3], state[4]);
   phase_rows_ = state[5];
   samples_ = state[6];
@@ -220,13 +232,15 @@ void Planner::save(std::span<int64_t> state) const {
   }
 }
 
-void Planner::load(std::span<const int64_t> state) {
+void Planner::load(std::span<const int64_t> state, std::vector<Deal> deals) {
+  if (deals.empty()) deals.resize(queues_.size());
   if (state.size() != state_size() || state[0] != kFormat ||
-      state[6] != static_cast<int64_t>(queues_.size())) {
+      state[6] != static_cast<int64_t>(queues_.size()) || deals.size() != queues_.size()) {
     throw std::invalid_argument("not a planner state of these streams");
   }
   for (size_t i = 0; i < queues_.size(); ++i) {
-    queues_[i].load(state.subspan(kHeader + i * StreamQueue::kStateSize, StreamQueue::kStateSize));
+    queues_[i].load(state.subspan(kHeader + i * StreamQueue::kStateSize, StreamQueue::kStateSize),
+                    std::move(deals[i]));
   }
   packs_ = state[4];
   is_warm_ = state[5] != 0;

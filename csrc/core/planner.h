@@ -63,6 +63,14 @@ struct PackPlan {
   std::vector<Picks> regions;
 };
 
+// What a rank still gets of the epochs that had begun when the number of ranks changed; fields as
+// in uml_fast.schedule.Deal.
+struct Deal {
+  int64_t through = -1;
+  std::vector<int64_t> epochs;
+  std::vector<int64_t> samples;
+};
+
 // The samples of one stream to come: a window of the next 64 in the order of their epochs.
 class StreamQueue {
  public:
@@ -80,7 +88,7 @@ class StreamQueue {
 
   static constexpr int kStateSize = 8 + 2 * kWindow;
   void save(std::span<int64_t> state) const;
-  void load(std::span<const int64_t> state);
+  void load(std::span<const int64_t> state, Deal deal);
 
  private:
   struct Entry {
@@ -93,6 +101,8 @@ class StreamQueue {
     std::array<int, 2> position{};
   };
 
+  // First place of this rank in the order of an epoch.
+  int64_t first(int64_t epoch) const;
   void seek(int64_t epoch, int64_t cursor);
   void refill();
   void take(int position, Picks& picks);
@@ -108,7 +118,8 @@ class StreamQueue {
   int64_t phase_rows_ = 0;
   int64_t samples_ = 0;
   int64_t rows_ = 0;
-  std::vector<int64_t> order_;    // samples of this rank in the order of epoch_
+  Deal deal_;                     // empty once an epoch behind it has begun
+  std::vector<int64_t> order_;    // samples of this rank in the order of epoch_, or of deal_
   std::vector<uint64_t> hashes_;  // scratch of seek
   std::vector<int64_t> sorted_;   // scratch of seek
   std::array<Entry, kWindow> window_{};
@@ -127,13 +138,14 @@ class Planner {
   // The state as integers, the same as uml_fast.schedule.Planner's.
   size_t state_size() const { return kHeader + queues_.size() * StreamQueue::kStateSize; }
   void save(std::span<int64_t> state) const;
-  // Throws std::invalid_argument for a state of another shape or with samples that do not exist.
-  void load(std::span<const int64_t> state);
+  // `deals` has what each stream was dealt, or is empty. Throws std::invalid_argument for a state
+  // of another shape or with samples that do not exist.
+  void load(std::span<const int64_t> state, std::vector<Deal> deals);
 
   const PlannerSpec& spec() const { return spec_; }
 
  private:
-  static constexpr int64_t kFormat = 1;
+  static constexpr int64_t kFormat = 2;
   static constexpr size_t kHeader = 7;
 
   int layout_index() const;

@@ -48,7 +48,7 @@ void a_restored_planner_continues() {
   for (int k = 0; k < 37; ++k) first.next(x);
   std::vector<int64_t> state(first.state_size());
   first.save(state);
-  second.load(state);
+  second.load(state, {});
   for (int k = 0; k < 100; ++k) {
     first.next(x);
     second.next(y);
@@ -57,7 +57,7 @@ void a_restored_planner_continues() {
   state[7 + 8 + 1] = 50;  // the first sample of the window does not exist
   bool is_refused = false;
   try {
-    second.load(state);
+    second.load(state, {});
   } catch (const std::invalid_argument&) {
     is_refused = true;
   }

@@ -20,13 +20,12 @@ from uml_fast.data.packs import NativePacks, Packs, ReferencePacks, assemble, pl
 from uml_fast.data.source import Samples
 from uml_fast.layout import Stream, make_layouts, make_rules
 from uml_fast.pack import Layout, PackedBatch
+from uml_fast.resume import Generation, State, continue_from, join, rank_state
 from uml_fast.schedule import (
-    STATE_FORMAT,
     STATE_HEADER,
     STREAM_STATE,
     Planner,
     check_ranks,
-    check_state,
     sequential_plan,
 )
 
@@ -118,7 +117,9 @@ class Loader:
         require(0 <= seed < 1 << 63, f"seed is {seed}; it must be in 0..2**63 - 1")
         require(slots >= 1 and threads >= 1, "a loader needs at least one slot and one thread")
         self._streams = streams_of(sources, shares, target)
-        self._identity = (STATE_FORMAT, seed, rank, world)
+        self._seed, self._rank, self._world = seed, rank, world
+        self._dealt = [-1] * len(self._streams)
+        self._before: list[Generation] = []
         self._slots = slots
         check_ranks(self._streams, rank, world)
         rules = make_rules(self._streams, layouts, mix)
@@ -164,25 +165,32 @@ class Loader:
         """Give the last batch's slot back before the next is asked for; ends the batch."""
         self._packs.release()
 
-    def state_dict(self) -> dict[str, list[int]]:
-        """The state after the last pack handed out; packs made ahead are not in it."""
-        return {"planner": self._packs.state.tolist()}
+    def state_dict(self) -> State:
+        """The state after the last pack handed out; packs made ahead are not in it.
 
-    def load_state_dict(self, state: Mapping[str, list[int]]) -> None:
-        """Continue after the pack at which ``state_dict`` was taken; batches in use become invalid.
+        With several ranks, that of this rank: ``resume.join`` makes one of all.
+        """
+        state = rank_state(self._packs.state.tolist(), self._dealt, self._before)
+        return join([state]) if self._world == 1 else state
+
+    def load_state_dict(self, state: Mapping[str, list[Generation]]) -> None:
+        """Continue after the packs at which ``state_dict`` was taken; batches become invalid.
+
+        ``state`` is that of all ranks. Another number of ranks, slots or threads may have saved it.
 
         Raises:
-            ValueError: the state is of other data, another seed or another rank; says which.
+            ValueError: the state is of other data or another seed, or lacks ranks; says which.
         """
-        values = check_state(state, self._streams, self._identity)
-        self._packs.load(np.array(values, np.int64))
+        place = continue_from(state, self._streams, self._seed, self._rank, self._world)
+        self._packs.load(np.array(place.values, np.int64), place.deals)
+        self._dealt, self._before = place.dealt, place.before
 
     def epochs(self) -> dict[str, float]:
         """Passes over each modality up to the last pack handed out, over all ranks together."""
         samples = self._streams_state()[:, 6].tolist()
-        world = self._identity[3]
         return {
-            s.name: n * world / len(s.lengths) for s, n in zip(self._streams, samples, strict=True)
+            s.name: n * self._world / len(s.lengths)
+            for s, n in zip(self._streams, samples, strict=True)
         }
 
     def stats(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ from uml_fast.data.produce import Producers
 from uml_fast.data.source import Samples, Source
 from uml_fast.layout import Rules, Stream
 from uml_fast.pack import PADDING, Layout, PackedBatch, pack_samples
-from uml_fast.schedule import STATE_HEADER, STREAM_STATE, Planner, stream_key
+from uml_fast.schedule import STATE_HEADER, STREAM_STATE, Deal, Planner, stream_key
 
 _POLL_S = 0.2
 """Seconds between looks at Ctrl-C while a pack is awaited."""
@@ -104,7 +104,7 @@ class Packs(Protocol):
 
     def next(self) -> tuple[PackedBatch, int]: ...
     def release(self) -> None: ...
-    def load(self, state: np.ndarray) -> None: ...
+    def load(self, state: np.ndarray, deals: Sequence[Deal]) -> None: ...
     def ready(self) -> int: ...
     def close(self) -> None: ...
 
@@ -121,20 +121,20 @@ class ReferencePacks:
     ):
         self._planner, self._layouts, self._device = planner, layouts, device
         self._sources = {s.name: s for s in sources}
-        self.state = np.array(planner.state_dict()["planner"], np.int64)
+        self.state = np.array(planner.save(), np.int64)
 
     def next(self) -> tuple[PackedBatch, int]:
         plan = self._planner.next()
         layout = self._layouts[plan.layout]
         batch = assemble(layout, self._sources, plan.samples, plan.epochs)
-        self.state = np.array(self._planner.state_dict()["planner"], np.int64)
+        self.state = np.array(self._planner.save(), np.int64)
         return batch.to(self._device), plan.layout
 
     def release(self) -> None:
         """Nothing to give back: each batch has its own memory."""
 
-    def load(self, state: np.ndarray) -> None:
-        self._planner.load_state_dict({"planner": state.tolist()})
+    def load(self, state: np.ndarray, deals: Sequence[Deal]) -> None:
+        self._planner.load(state.tolist(), deals)
         self.state = state
 
     def ready(self) -> int:
@@ -254,9 +254,9 @@ class NativePacks:
             slot, self._held = self._held, None
             self._loader.release(slot, self._stream())
 
-    def load(self, state: np.ndarray) -> None:
+    def load(self, state: np.ndarray, deals: Sequence[Deal]) -> None:
         self._held = None
-        self._loader.load(state)
+        self._loader.load(state, [(d.through, d.epochs, d.samples) for d in deals])
         self.state = state
 
     def ready(self) -> int:
