@@ -11,10 +11,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
 from bench.harness import ROOT
 
 TESTS = "tests/kernels"
+ON_A_GPU = ("-m", "triton and not slow", "--ignore=tests/kernels/test_aot.py")
+"""Where a GPU is timed, the tests of its kernels; compiling them for other chips needs none."""
 PARTS = min(8, len(os.sched_getaffinity(0)))
 _PART = "UML_GATE_PART"
 
@@ -31,6 +34,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _run(part: int, tests: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    if torch.cuda.is_available() and tests == TESTS:
+        command += ON_A_GPU
     return subprocess.run(
         [*command, "-p", "bench.gate", tests],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, _PART: str(part)},

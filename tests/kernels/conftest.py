@@ -3,14 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from uml_fast.kernels.native.library import library
+from uml_fast.kernels.triton import launch
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+
+
+def launch_on_gpu(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    """A launch whose CPU tensors go to the GPU and come back with what was written."""
+    there = [_on_gpu(a) if isinstance(a, Tensor) else a for a in args]
+    kernel[grid](*there, **constants)
+    for here, copy in zip(args, there, strict=True):
+        if here is not copy:
+            here.data.copy_(copy)  # not a change that autograd should see
+
+
+def _on_gpu(t: Tensor) -> Tensor:
+    if t.is_cuda:
+        return t
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t)
+
+
+@pytest.fixture(autouse=True)
+def _triton_takes_cpu_tensors() -> Iterator[None]:
+    """As the interpreter does; where there is a GPU, tests run on it instead."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    with launch.launching(launch_on_gpu, launch.arch(), launch.processors()):
+        yield
 
 
 @pytest.fixture(params=[pytest.param(s, marks=pytest.mark.native) for s in INSTRUCTION_SETS])

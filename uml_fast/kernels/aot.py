@@ -24,7 +24,7 @@ import torch
 from uml_fast.kernels import SPECS
 from uml_fast.kernels.backend import is_interpreted
 from uml_fast.kernels.spec import draw
-from uml_fast.kernels.triton.launch import recording
+from uml_fast.kernels.triton.launch import launching
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 """Streaming multiprocessors of A100, H100/H200 and B200."""
@@ -78,7 +78,9 @@ def compile_all(arch: int, ops: Sequence[str] = ()) -> list[dict[str, Any]]:
     seen: set[str] = set()
     where: dict[str, str] = {}
 
-    def compile_kernel(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    def compile_kernel(
+        kernel: Any, _: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
         compiled = kernel.warmup(*args, grid=(1,), **constants)
         if compiled.hash in seen:
             return
@@ -91,7 +93,7 @@ def compile_all(arch: int, ops: Sequence[str] = ()) -> list[dict[str, Any]]:
         )
 
     driver.set_active(_NoDevice(arch))
-    with recording(compile_kernel, arch, PROCESSORS[arch]):
+    with launching(compile_kernel, arch, PROCESSORS[arch]):
         for spec in SPECS:
             if ops and spec.name not in ops:
                 continue

@@ -1,4 +1,4 @@
-"""How every Triton kernel is launched, so that the ahead-of-time check sees the real launches."""
+"""How every Triton kernel is launched: on its tensors' device, or as a check or a test wants it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from uml_fast.kernels.backend import is_interpreted
 
-Recorder = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
-"""Called with kernel, arguments and compile-time constants instead of a launch."""
+Launcher = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
+"""Takes kernel, grid, arguments and compile-time constants in place of a launch."""
 
 
 class _Target:
     """The chip that kernels are built for when it is not the current device."""
 
-    recorder: Recorder | None = None
+    launcher: Launcher | None = None
     arch: int = 90
     processors: int = 132
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launch a kernel; a grid with a zero launches nothing."""
-    if _Target.recorder is not None:
-        _Target.recorder(kernel, args, constants)
-    elif 0 not in grid:
+    """Launch a kernel on the device of its tensors; a grid with a zero launches nothing.
+
+    Triton itself takes the current device, which need not be theirs.
+    """
+    if 0 in grid:
+        return
+    if _Target.launcher is not None:
+        _Target.launcher(kernel, grid, args, constants)
+        return
+    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
         kernel[grid](*args, **constants)
 
 
@@ -38,7 +45,7 @@ def _device_properties(index: int) -> tuple[int, int]:
 
 
 def _current() -> tuple[int, int]:
-    if _Target.recorder is not None or is_interpreted():
+    if _Target.launcher is not None or is_interpreted():
         return _Target.arch, _Target.processors
     return _device_properties(torch.cuda.current_device())
 
@@ -54,11 +61,11 @@ def processors() -> int:
 
 
 @contextmanager
-def recording(recorder: Recorder, arch: int, processors: int) -> Iterator[None]:
-    """Hand launches to ``recorder`` and let launch configurations see another chip."""
-    before = (_Target.recorder, _Target.arch, _Target.processors)
-    _Target.recorder, _Target.arch, _Target.processors = recorder, arch, processors
+def launching(launcher: Launcher, arch: int, processors: int) -> Iterator[None]:
+    """Hand launches to ``launcher`` and let launch configurations see another chip."""
+    before = (_Target.launcher, _Target.arch, _Target.processors)
+    _Target.launcher, _Target.arch, _Target.processors = launcher, arch, processors
     try:
         yield
     finally:
-        _Target.recorder, _Target.arch, _Target.processors = before
+        _Target.launcher, _Target.arch, _Target.processors = before
