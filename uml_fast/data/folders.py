@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from uml_fast.config import ConfigError, DataConfig, ModalityConfig, RunConfig, require
+from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Backend, decode_of
 from uml_fast.data.rows import rows_of
@@ -40,6 +41,8 @@ class FoldersConfig(DataConfig):
     """Samples that may be unreadable before the run stops."""
     backend: Backend = "webdataset"
     """What decodes: the library of each format, sample by sample; or NVIDIA DALI in batches."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How training samples are changed, in another way each epoch."""
 
     def __post_init__(self) -> None:
         require(self.shots >= 0, f"data.shots is {self.shots}; it must be >= 0")
@@ -85,8 +88,8 @@ class FoldersConfig(DataConfig):
             config: ModalityConfig, shards: ShardSet, chosen: np.ndarray | None = None
         ) -> ShardSource:
             labels = self._labels(shards, numbers)
-            decode, writer = decode_of(config, self.backend), rows_of(config)
-            return ShardSource(config.name, shards, decode, writer, errors, labels, chosen)
+            decode, writer = decode_of(config, self.backend), rows_of(config, self.augment)
+            return ShardSource(config.name, shards, decode, writer, errors, seed, labels, chosen)
 
         config = next(m for m in modalities if m.name == target)
         own, validation = self._held_out(train[target], target)

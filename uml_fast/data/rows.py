@@ -12,6 +12,11 @@ from typing import Protocol
 import numpy as np
 
 from uml_fast.config import ModalityConfig
+from uml_fast.data.augment import AugmentConfig
+from uml_fast.data.augment.audio import AudioAugment
+from uml_fast.data.augment.draws import Draws
+from uml_fast.data.augment.image import ImageAugment, fitted
+from uml_fast.data.augment.text import TextAugment
 from uml_fast.data.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.modalities.audio import AudioConfig
@@ -38,8 +43,14 @@ class Rows(Protocol):
     def rows(self, length: np.ndarray) -> np.ndarray:
         """int64 (n,) rows of samples with these lengths (n, L) in the index."""
 
-    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+    @property
+    def is_augmenting(self) -> bool:
+        """Whether ``write`` makes use of draws."""
+
+    def write(self, array: np.ndarray, out: np.ndarray, draws: Draws | None = None) -> None:
         """Write the rows of one decoded sample to ``out`` (rows, E). Threads may call it together.
+
+        With ``draws`` the sample is augmented first, where the run asks for it.
 
         Raises:
             DecodeError: the array is not what the index promises.
@@ -51,6 +62,7 @@ class ImageRows:
     """Pixels to patches; other sizes are resized and cropped at the centre."""
 
     config: ImageConfig
+    augment: ImageAugment
     kind = "images"
     row_dtype = "uint8"
 
@@ -60,25 +72,23 @@ class ImageRows:
         c = self.config
         return c.patch_height * c.patch_width * c.channels
 
+    @property
+    def is_augmenting(self) -> bool:
+        """Whether training samples are changed."""
+        return not self.augment.is_off
+
     def rows(self, length: np.ndarray) -> np.ndarray:
         """One number for all: images of a run have one size."""
         return np.full(len(length), self.config.patches, np.int64)
 
-    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+    def write(self, array: np.ndarray, out: np.ndarray, draws: Draws | None = None) -> None:
         """See ``Rows``."""
         c = self.config
-        if array.shape[:2] != (c.height, c.width):
+        if draws is not None:
+            array = self.augment.apply(array, c.height, c.width, draws)
+        elif array.shape[:2] != (c.height, c.width):
             array = fitted(array, c.height, c.width)
         to_patches(array[None], c.patch_height, c.patch_width, out)
-
-
-def fitted(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 (h, w, c) to (height, width, c): the largest middle part of that shape, resized."""
-    from PIL import Image, ImageOps
-
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    small = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    return np.asarray(small).reshape(height, width, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +96,7 @@ class AudioRows:
     """Samples to rows; the last one ends in silence. Sounds longer than the positions are cut."""
 
     config: AudioConfig
+    augment: AudioAugment
     kind = "audio"
     row_dtype = "int16"
 
@@ -94,17 +105,24 @@ class AudioRows:
         """Samples of a row."""
         return self.config.row_samples
 
+    @property
+    def is_augmenting(self) -> bool:
+        """Whether training samples are changed."""
+        return not self.augment.is_off
+
     def rows(self, length: np.ndarray) -> np.ndarray:
         """Begun rows, at most the positions of the run."""
         whole = -(-length[:, 0].astype(np.int64) // self.config.row_samples)
         return np.minimum(whole, self.config.positions)
 
-    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+    def write(self, array: np.ndarray, out: np.ndarray, draws: Draws | None = None) -> None:
         """See ``Rows``."""
         flat = out.reshape(-1)
         samples = array[: len(flat)]
         if -(-len(samples) // self.row_elems) != len(out):
             raise DecodeError(f"{len(samples)} samples; the index promises {len(out)} rows")
+        if draws is not None:
+            samples = self.augment.apply(samples, self.config, draws)
         flat[: len(samples)] = samples
         flat[len(samples) :] = 0
 
@@ -118,6 +136,7 @@ class TextRows:
     """
 
     config: TextConfig
+    augment: TextAugment
     kind = "text"
     row_elems = 1
     row_dtype = "int32"
@@ -128,14 +147,21 @@ class TextRows:
                 f"{self.config.name}.vocabulary is {self.config.vocabulary}; bytes need 256"
             )
 
+    @property
+    def is_augmenting(self) -> bool:
+        """Whether training samples are changed."""
+        return not self.augment.is_off
+
     def rows(self, length: np.ndarray) -> np.ndarray:
         """Bytes, at most the positions of the run."""
         return np.minimum(length[:, 0].astype(np.int64), self.config.positions)
 
-    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+    def write(self, array: np.ndarray, out: np.ndarray, draws: Draws | None = None) -> None:
         """See ``Rows``."""
         if len(array) < len(out):
             raise DecodeError(f"{len(array)} bytes; the index promises {len(out)} rows")
+        if draws is not None:
+            array = self.augment.apply(array, len(out), draws)
         out[:, 0] = array[: len(out)]
 
 
@@ -146,6 +172,7 @@ class FeaturesRows:
     config: FeaturesConfig
     kind = "features"
     row_dtype = "float32"
+    is_augmenting = False
 
     @property
     def row_elems(self) -> int:
@@ -156,7 +183,7 @@ class FeaturesRows:
         """Rows of the array."""
         return length[:, 0].astype(np.int64)
 
-    def write(self, array: np.ndarray, out: np.ndarray) -> None:
+    def write(self, array: np.ndarray, out: np.ndarray, draws: Draws | None = None) -> None:
         """See ``Rows``."""
         if array.shape != out.shape:
             raise DecodeError(f"shape {list(array.shape)}, the run takes {list(out.shape)}")
@@ -165,19 +192,25 @@ class FeaturesRows:
         out[:] = array
 
 
-def rows_of(config: ModalityConfig) -> Rows:
+def rows_of(config: ModalityConfig, augment: AugmentConfig | None = None) -> Rows:
     """What writes the rows of a modality.
+
+    ``augment``: how training samples are changed; None: not at all.
 
     Raises:
         DataError: samples of the modality cannot be read from files, or its vocabulary has no
             place for every byte.
+        ConfigError: the modality's samples cannot be changed in the way that is asked.
     """
+    augment = augment or AugmentConfig()
     if isinstance(config, ImageConfig):
-        return ImageRows(config)
+        augment.image.check(config)
+        return ImageRows(config, augment.image)
     if isinstance(config, AudioConfig):
-        return AudioRows(config)
+        augment.audio.check(config)
+        return AudioRows(config, augment.audio)
     if isinstance(config, TextConfig):
-        return TextRows(config)
+        return TextRows(config, augment.text)
     if isinstance(config, FeaturesConfig):
         return FeaturesRows(config)
     raise DataError(f"{config.name}: {type(config).__name__} is not read from files")

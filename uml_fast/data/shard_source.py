@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from uml_fast.data.augment.draws import Draws, visit_keys
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Decode, DecodeError
 from uml_fast.data.rows import Rows
@@ -22,6 +23,7 @@ class ShardSource:
         decode: turns bytes into arrays.
         writer: turns arrays into rows.
         errors: takes the samples that cannot be decoded.
+        seed: with modality, epoch and place in the shards, it decides how a sample is augmented.
         labels: int32 (n,) class of each sample of ``shards``; None: as they stand there.
         chosen: int64 samples of ``shards`` that there are; None: all.
 
@@ -36,6 +38,7 @@ class ShardSource:
         decode: Decode,
         writer: Rows,
         errors: DataErrors,
+        seed: int = 0,
         labels: np.ndarray | None = None,
         chosen: np.ndarray | None = None,
     ) -> None:
@@ -50,6 +53,7 @@ class ShardSource:
             raise DataError(f"{name}: none of the {len(shards)} samples has a row")
         self.name = name
         self._shards, self._decode, self._writer, self._errors = shards, decode, writer, errors
+        self._seed = seed
         self.offsets = np.concatenate([[0], np.cumsum(rows[self._place])]).astype(np.int64)
         given = shards.label if labels is None else labels
         self.labels = given[self._place].astype(np.int32)
@@ -89,10 +93,15 @@ class ShardSource:
     ) -> list[int]:
         """Decode samples into ``out``; the places of those that cannot be are returned.
 
+        With ``epochs`` they are augmented as the writer does it.
+
         Raises:
             DataError: too many samples of the run cannot be decoded.
         """
         arrays = self._decoded(samples)
+        keys: Sequence[int] = ()
+        if epochs is not None and self._writer.is_augmenting:
+            keys = visit_keys(self._seed, self.name, epochs, self._place[samples])
         rejected = []
         at = 0
         for place, i in enumerate(samples):
@@ -101,7 +110,7 @@ class ShardSource:
             try:
                 if isinstance(array, Exception):
                     raise array
-                self._writer.write(array, out[at:end])
+                self._writer.write(array, out[at:end], Draws(keys[place]) if keys else None)
             except (DecodeError, DataError) as e:
                 self._errors.add(self.name, self.key(int(i)), str(e))
                 rejected.append(place)

@@ -38,7 +38,7 @@ INT16_SCALE = 1 / 32768
 """Full scale of int16 samples is 1."""
 
 
-def _mel_edges(top_hz: float, mels: int, mel_scale: str) -> Tensor:
+def mel_edges(top_hz: float, mels: int, mel_scale: str) -> Tensor:
     """Frequencies in Hz, float64 (mels + 2,), equally spaced in mel from 0 to ``top_hz``.
 
     "htk" is 2595 log10(1 + f / 700) (Young et al., The HTK Book); "slaney" is linear to 1 kHz with
@@ -66,7 +66,7 @@ def mel_filters(
     Peak 1, or with ``norm="slaney"`` equal area: 2 / (width of the band in Hz).
     """
     hertz = torch.arange(window // 2 + 1, dtype=torch.float64) * sample_rate / window
-    edges = _mel_edges(sample_rate / 2, mels, mel_scale)
+    edges = mel_edges(sample_rate / 2, mels, mel_scale)
     rising = (hertz[:, None] - edges[None, :-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[None, 2:] - hertz[:, None]) / (edges[2:] - edges[1:-1])
     filters = torch.minimum(rising, falling).clamp(min=0)
