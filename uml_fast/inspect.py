@@ -12,7 +12,7 @@ import numpy as np
 
 from uml_fast.cli import run_main
 from uml_fast.data.lengths import UNITS
-from uml_fast.data.shards import MANIFEST, ShardSet, read_manifest
+from uml_fast.data.shards import ShardSet, manifest_folder, read_manifest
 from uml_fast.data.source import DataError
 
 _SHOWN_CLASSES = 20
@@ -28,16 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "shards", metavar="SHARDS",
-        help="folder that prepare wrote, or tar files: a file, a folder, a glob or a brace range",
+        help="folder that prepare wrote, or its URL; or tar files: folder, glob, range, URL, pipe",
     )  # fmt: skip
     parser.add_argument("--split", help="only this split")
     parser.add_argument(
         "--verify", action="store_true", help="read everything and compare with the checksums"
     )
+    parser.add_argument("--cache", type=Path, help="folder for copies of shards from elsewhere")
     parser.add_argument("--samples", type=int, default=3, help="samples shown of each split (3)")
     args = parser.parse_args(argv)
-    folder = Path(args.shards)
-    faults = list(_report(folder, args.split, args.samples, args.verify))
+    faults = list(_report(args.shards, args.split, args.cache, args.samples, args.verify))
     for fault in faults:
         print(f"WRONG: {fault}")
     if not faults:
@@ -45,18 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if faults else 0
 
 
-def _report(folder: Path, only: str | None, samples: int, verify: bool) -> Iterator[str]:
+def _report(
+    where: str, only: str | None, cache: Path | None, samples: int, verify: bool
+) -> Iterator[str]:
     """Print what is there; yields each fault."""
     manifest: dict[str, Any] = {}
     splits: list[str | None] = [only]
-    if (folder / MANIFEST).is_file():
+    folder = manifest_folder(where, cache)
+    if folder is not None:
         manifest = read_manifest(folder)
         splits = [only] if only else list(manifest["splits"])
         _print_manifest(folder, manifest)
     opened: dict[str, ShardSet] = {}
     for split in splits:
         try:
-            shards = ShardSet.open(folder, split)
+            shards = ShardSet.open(where, split, cache)
         except DataError as e:
             yield str(e)
             continue

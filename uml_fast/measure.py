@@ -15,7 +15,7 @@ from torch import Tensor
 from uml_fast.analysis.probe import linear_probe
 from uml_fast.config import MixConfig, RunConfig
 from uml_fast.data.loader import iterate_once, layouts_of
-from uml_fast.data.source import Samples
+from uml_fast.data.source import Samples, for_evaluation
 from uml_fast.model.uml import Encoded, Uml
 from uml_fast.objective import losses
 from uml_fast.pack import PackedBatch
@@ -47,7 +47,8 @@ class PackedSource:
 
 
 def pack_source(source: Samples, device: torch.device) -> PackedSource:
-    """Pack every sample of ``source`` once."""
+    """Pack every sample of ``source`` that can be read once (of a large one ``for_evaluation``)."""
+    source = for_evaluation(source, "evaluation")
     rows = max(min(_EVALUATION_ROWS, int(source.offsets[-1])), 2 * int(source.lengths.max()))
     (layout,) = layouts_of((source,), MixConfig(token_budget=rows))
     return PackedSource(source, tuple(iterate_once(source, layout, device)))

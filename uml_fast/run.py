@@ -26,7 +26,8 @@ from uml_fast.recipes import RECIPE_MODULE, import_file
 
 logger = logging.getLogger("uml_fast")
 
-_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint")
+_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint", "data.max_errors",
+             "data.cache")  # fmt: skip
 """Fields in which a continued run may differ from its folder's: they do not change a trial."""
 
 
@@ -159,7 +160,7 @@ def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
     a, b = _flat(to_json(before)), _flat(to_json(now))
     changed = sorted(
         name for name in a.keys() | b.keys()
-        if a.get(name) != b.get(name) and name.split(".")[0] not in _MAY_CHANGE
+        if a.get(name) != b.get(name) and not {name, name.split(".")[0]} & {*_MAY_CHANGE}
     )  # fmt: skip
     if changed:
         shown = ", ".join(f"{n} ({a.get(n)} -> {b.get(n)})" for n in changed[:5])

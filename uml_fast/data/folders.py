@@ -1,4 +1,4 @@
-"""Prepared shards as the data of a run, a folder for each modality; classes meet by name."""
+"""Shards as the data of a run, one place for each modality; classes meet by name."""
 
 from __future__ import annotations
 
@@ -12,33 +12,36 @@ from uml_fast.config import ConfigError, DataConfig, ModalityConfig, RunConfig, 
 from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Backend, decode_of
+from uml_fast.data.held_out import hold_out
 from uml_fast.data.rows import rows_of
 from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet, read_manifest
-from uml_fast.data.source import DataError, Task, in_memory
+from uml_fast.data.shards import ShardSet, splits_of
+from uml_fast.data.source import DataError, Source, Task, for_evaluation, say_once
 
-_IN_MEMORY = 20_000
-"""Samples of a validation or test split that are evaluated; evenly spread ones of a larger one."""
+_UNKNOWN = -2
+"""Label of a sample whose class has no name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FoldersConfig(DataConfig):
-    """Folders that ``python -m uml_fast.prepare`` wrote, one for each modality of the run."""
+    """Shards for each modality of the run: folders that ``prepare`` wrote, or any WebDataset."""
 
-    image: Path | None = None
-    """Folder of the modality "image"."""
-    audio: Path | None = None
-    """Folder of the modality "audio"."""
-    text: Path | None = None
-    """Folder of the modality "text"."""
-    features: Path | None = None
-    """Folder of the modality "features"."""
+    image: str | Path | None = None
+    """Shards of the modality "image": a folder, files, a brace range, URLs or pipes."""
+    audio: str | Path | None = None
+    """Shards of the modality "audio": a folder, files, a brace range, URLs or pipes."""
+    text: str | Path | None = None
+    """Shards of the modality "text": a folder, files, a brace range, URLs or pipes."""
+    features: str | Path | None = None
+    """Shards of the modality "features": a folder, files, a brace range, URLs or pipes."""
     same: tuple[str, ...] = ()
     """Class names that mean the same, as auxiliary=target: dog_bark=dog."""
     shots: int = 0
     """Training samples of each class of the target, drawn with the seed; 0: all."""
     max_errors: int = 100
-    """Samples that may be unreadable before the run stops."""
+    """Samples that may be unreadable before the run stops, over all ranks and resumed parts."""
+    cache: Path | None = None
+    """Folder for copies of shards from URLs and pipes; None: $XDG_CACHE_HOME/uml_fast/remote."""
     backend: Backend = "webdataset"
     """What decodes: the library of each format, sample by sample; or NVIDIA DALI in batches."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -55,19 +58,28 @@ class FoldersConfig(DataConfig):
         found = tuple(m for m in modalities if getattr(self, m.name, None) is not None)
         return found or modalities
 
-    def folder(self, modality: str) -> Path:
-        """The folder of a modality.
+    def place(self, modality: str) -> str | Path:
+        """Where the shards of a modality are.
 
         Raises:
-            ConfigError: none is given.
+            ConfigError: no place is given.
         """
-        given = getattr(self, modality, None)
+        given: str | Path | None = getattr(self, modality, None)
         if given is None:
             raise ConfigError(
                 f"{modality}: no folder; give --data.{modality} FOLDER (made by python -m "
                 "uml_fast.prepare), or take the modality out of the run"
             )
-        return Path(given)
+        return given
+
+    def _open(self, modality: str, split: str) -> ShardSet:
+        """A split, or all samples of shards that are not split."""
+        place, cache = self.place(modality), self._cache
+        return ShardSet.open(place, split if splits_of(place, cache) else None, cache)
+
+    @property
+    def _cache(self) -> Path | None:
+        return None if self.cache is None else Path(self.cache)
 
     def load(self, seed: int, mode: str, run: RunConfig | None = None) -> Task:
         """Training splits as they lie in the shards, validation and test of the target in memory.
@@ -79,8 +91,11 @@ class FoldersConfig(DataConfig):
         require(run is not None, "files are decoded for the modalities of a run; none is given")
         assert run is not None
         modalities, target = run.modalities, run.target
-        errors = DataErrors(self.max_errors, run.folder / "data_errors.jsonl")
-        train = {m.name: ShardSet.open(self.folder(m.name), "train") for m in modalities}
+        named = run.folder / "data_errors.jsonl"
+        if not (run.folder / "run.json").exists():
+            named.unlink(missing_ok=True)  # of an attempt that never began
+        errors = DataErrors(self.max_errors, named)
+        train = {m.name: self._open(m.name, "train") for m in modalities}
         names = self._class_names(train, target)
         numbers = {name: i for i, name in enumerate(names)}
 
@@ -88,34 +103,59 @@ class FoldersConfig(DataConfig):
             config: ModalityConfig, shards: ShardSet, chosen: np.ndarray | None = None
         ) -> ShardSource:
             labels = self._labels(shards, numbers)
+            there = np.arange(len(shards)) if chosen is None else chosen
+            unknown = labels[there] == _UNKNOWN
+            for i in there[unknown]:
+                what = f"label {shards.label[i]} is no class of the training samples"
+                errors.add(config.name, shards.key(int(i)), what)
             decode, writer = decode_of(config, self.backend), rows_of(config, self.augment)
-            return ShardSource(config.name, shards, decode, writer, errors, seed, labels, chosen)
+            return ShardSource(
+                config.name, shards, decode, writer, errors, seed, labels, there[~unknown]
+            )
 
         config = next(m for m in modalities if m.name == target)
-        own, validation = self._held_out(train[target], target)
-        test = ShardSet.open(self.folder(target), "test")
+        own, validation, test = self._held_out(train[target], target)
         if self.shots:
             own = _few(train[target], own, self.shots, seed)
         sources = tuple(
             source(m, train[m.name], own if m.name == target else None) for m in modalities
         )
+        tested = for_evaluation(source(config, *test), "test")
+        _check_classes(run, sources, tested, names)
         return Task(
-            sources, in_memory(source(config, *validation), _IN_MEMORY),
-            in_memory(source(config, test), _IN_MEMORY), names,
-        )  # fmt: skip
+            sources, for_evaluation(source(config, *validation), "validation"), tested, names
+        )
 
     def _held_out(
         self, train: ShardSet, target: str
-    ) -> tuple[np.ndarray, tuple[ShardSet, np.ndarray | None]]:
-        """The target's training samples, and its validation samples.
+    ) -> tuple[np.ndarray, tuple[ShardSet, np.ndarray | None], tuple[ShardSet, np.ndarray | None]]:
+        """The target's training samples; its validation and its test samples.
 
         Without a split of that name, a tenth of the training samples, the same in every run.
+
+        Raises:
+            DataError: there are too few training samples to hold some out.
         """
-        everything = np.arange(len(train))
-        if "val" in read_manifest(self.folder(target))["splits"]:
-            return everything, (ShardSet.open(self.folder(target), "val"), None)
-        held = np.random.default_rng(0).permutation(len(train))[: -(-len(train) // 10)]
-        return np.setdiff1d(everything, held), (train, np.sort(held))
+        place = self.place(target)
+        splits = splits_of(place, self._cache)
+        absent = [name for name in ("val", "test") if name not in splits]
+        own, *parts = hold_out(train.label, len(absent)) if absent else (np.arange(len(train)),)
+        held = dict(zip(absent, parts, strict=True))
+        for name, samples in held.items():
+            if not len(samples):
+                raise DataError(
+                    f"{target}: {place} has no split {name!r}, and no class has samples to spare "
+                    f"for one ({len(train)} in all); add samples"
+                )
+            say_once(
+                f"{target}: {place} has no split {name!r}; {len(samples)} of its {len(train)} "
+                "training samples take its place, the same in every run"
+            )
+
+        def samples_of(name: str) -> tuple[ShardSet, np.ndarray | None]:
+            return (train, held[name]) if name in held else (self._open(target, name), None)
+
+        return own, samples_of("val"), samples_of("test")
 
     def _renamed(self, name: str) -> str:
         same = dict(pair.split("=") for pair in self.same)
@@ -123,8 +163,8 @@ class FoldersConfig(DataConfig):
 
     def _class_names(self, train: Mapping[str, ShardSet], target: str) -> tuple[str, ...]:
         """The target's classes, then those that only other modalities have."""
-        first = train[target].class_names
-        known = {n for shards in train.values() for n in shards.class_names}
+        first = _names(train[target])
+        known = {n for shards in train.values() for n in _names(shards)}
         for pair in self.same:
             name, meant = pair.split("=")
             if (len(train) > 1 and name not in known) or meant not in first:
@@ -132,14 +172,60 @@ class FoldersConfig(DataConfig):
                     f"data.same: {pair}: the left must be a class of some modality, the right one "
                     f"of {target}'s: {', '.join(first)}"
                 )
-        others = [self._renamed(n) for s in train.values() for n in s.class_names]
+        others = [self._renamed(n) for s in train.values() for n in _names(s)]
         return tuple(dict.fromkeys([*first, *others]))
 
     def _labels(self, shards: ShardSet, numbers: Mapping[str, int]) -> np.ndarray:
-        """int32 (n,) class of each sample among those of the run."""
-        renumbered = [numbers[self._renamed(name)] for name in shards.class_names]
-        table = np.array([*renumbered, -1], np.int32)
-        return table[shards.label] if shards.class_names else shards.label
+        """int32 (n,) class of each sample among those of the run; -1: none, -2: unknown."""
+        present, place = np.unique(shards.label, return_inverse=True)
+        names = shards.class_names
+        meant = []
+        for c in present.tolist():
+            if c < 0 or (names and c >= len(names)):
+                meant.append(-1 if c == -1 else _UNKNOWN)
+            else:
+                meant.append(numbers.get(self._renamed(names[c] if names else str(c)), _UNKNOWN))
+        return np.array(meant, np.int32)[place]
+
+
+def _names(shards: ShardSet) -> tuple[str, ...]:
+    """Names of the classes; where the shards have none, the numbers that are there."""
+    numbers = np.unique(shards.label[shards.label >= 0]).tolist()
+    return shards.class_names or tuple(map(str, numbers))
+
+
+def _check_classes(
+    run: RunConfig, train: tuple[ShardSource, ...], test: Source, names: tuple[str, ...]
+) -> None:
+    """Stop before the first step at what would end the run behind the last one.
+
+    Raises:
+        DataError: the target has no labels or one class alone, or samples of a class to test that
+            nothing can learn.
+    """
+    if run.objective.kind != "classification":
+        return
+    own = next(s for s in train if s.name == run.target)
+    seen = np.unique(own.labels[own.labels >= 0])
+    if not len(seen):
+        raise DataError(
+            f"{run.target}: no training sample has a class; prepare them from a folder for each "
+            "class, or from a CSV with a column label"
+        )
+    if len(seen) == 1 and (run.eval.probe or len(names) == 1):
+        raise DataError(
+            f"{run.target}: every sample is of the class {names[seen[0]]!r}; to tell "
+            "classes apart takes two or more: put the others into folders beside it"
+        )
+    others = [] if run.eval.probe else [s.labels for s in train]
+    unseen = np.setdiff1d(test.labels[test.labels >= 0], np.concatenate([seen, *others]))
+    if len(unseen):
+        shown = ", ".join(names[c] for c in unseen[:5])
+        more = ", or leave them out of the probe: --no-eval.probe" if run.eval.probe else ""
+        raise DataError(
+            f"{run.target}: {len(unseen)} of {len(names)} classes have test samples but no "
+            f"training sample: {shown}; add some or take the test samples out{more}"
+        )
 
 
 def _few(shards: ShardSet, among: np.ndarray, shots: int, seed: int) -> np.ndarray:
@@ -150,7 +236,9 @@ def _few(shards: ShardSet, among: np.ndarray, shots: int, seed: int) -> np.ndarr
     """
     rng = np.random.default_rng(seed)
     chosen = []
-    for c, name in enumerate(shards.class_names):
+    numbers = np.unique(shards.label[shards.label >= 0]).tolist()
+    named = [*enumerate(shards.class_names)] or [(c, str(c)) for c in numbers]
+    for c, name in named:
         of_class = among[shards.label[among] == c]
         if len(of_class) < shots:
             raise DataError(

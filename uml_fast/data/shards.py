@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import glob
 import json
-import os
-import threading
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from uml_fast.data import remote
 from uml_fast.data.lengths import UNITS
+from uml_fast.data.open_files import OpenFiles
+from uml_fast.data.prepare.listing import SPLIT_NAMES
 from uml_fast.data.shard_index import ShardIndex, scan, scan_cached
 from uml_fast.data.source import DataError
 from uml_fast.files import sha256_of
@@ -49,7 +51,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ShardSet:
-    """The samples of one split. Files are opened at their first use, and stay open."""
+    """The samples of one split. Files are opened at their first use."""
 
     paths: tuple[Path, ...]
     """Tar file of each shard."""
@@ -61,35 +63,48 @@ class ShardSet:
     """Name of each class; empty where they are not known."""
     sha256: tuple[str, ...] = ()
     """Checksum of each shard; empty where they are not known."""
-    _files: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
-    _lock: Any = field(default_factory=threading.Lock, repr=False, compare=False)
+    _files: OpenFiles = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_files", OpenFiles(self.paths))
 
     @staticmethod
-    def open(where: str | Path, split: str | None = None) -> ShardSet:
+    def open(where: str | Path, split: str | None = None, cache: Path | None = None) -> ShardSet:
         """Open prepared shards, or any WebDataset tar files.
 
         Args:
-            where: folder that ``prepare`` wrote; or a folder of tar files, a tar file, a glob or a
-                brace range of them (``data/train-{000000..000012}.tar``).
+            where: folder that ``prepare`` wrote, or its URL; or tar files: a folder of them, a
+                file, a glob, a brace range (``data/train-{000000..000012}.tar``), URLs
+                (``https://host/x-{000..012}.tar``, also ``gs://``, ``s3://``, ...) or commands
+                that print them (``pipe:cat x-{000..012}.tar``); several with ``::`` between.
             split: split of the folder; None: its only one. Of a folder of tar files without a
-                manifest: those whose name starts with it.
+                manifest: those whose name starts with it. It chooses nothing among tar files that
+                are named.
+            cache: folder for copies of what is not on this machine; None:
+                ``cache_folder()/remote``.
 
         Raises:
             DataError: nothing is there, the split does not exist, a shard is missing or not as
-                long as it was, an index or a tar file is broken, or a key comes twice.
+                long as it was, cannot be fetched, an index or a tar file is broken, or a key comes
+                twice.
         """
-        folder = Path(where)
-        if (folder / MANIFEST).is_file():
-            return _open_prepared(folder, split)
-        if folder.is_dir():
-            paths = sorted(folder.glob(f"{split or ''}*.tar"))
-            found = f"no {split or ''}*.tar in {folder}"
-        else:
-            paths = [Path(p) for p in _expand(str(where))]
-            found = f"{where} names no file"
-        if not paths:
-            raise DataError(f"{found}; make shards with python -m uml_fast.prepare")
-        return _open_tars(paths)
+        if remote.is_remote(where) and remote.is_prepared_url(str(where)):
+            return _open_prepared_url(str(where), split, cache)
+        names = _expand(str(where))
+        if len(names) == 1 and not remote.is_remote(names[0]):
+            folder = Path(names[0])
+            if (folder / MANIFEST).is_file():
+                return _open_prepared(folder, split)
+            if folder.is_dir():
+                names = [str(p) for p in sorted(folder.glob(f"{split or ''}*.tar"))]
+                if not names:
+                    raise DataError(
+                        f"no {split or ''}*.tar in {folder}; make shards with python -m "
+                        "uml_fast.prepare"
+                    )
+        if not names:
+            raise DataError(f"{where} names no file; make shards with python -m uml_fast.prepare")
+        return _open_tars(_fetched(names, cache), names)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -121,7 +136,7 @@ class ShardSet:
         shard = int(self.index.shard[i])
         size, offset = int(self.index.size[i]), int(self.index.offset[i])
         try:
-            content = os.pread(self._file(shard), size, offset)
+            content = self._files.read(shard, size, offset)
         except OSError as e:
             raise DataError(
                 f"{self.paths[shard]}, key {self.key(i)}: cannot be read: {e.strerror}"
@@ -151,9 +166,7 @@ class ShardSet:
 
     def close(self) -> None:
         """Close the files; a later ``payload`` opens them again."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self._files.close()
 
     def __enter__(self) -> ShardSet:
         return self
@@ -162,28 +175,75 @@ class ShardSet:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # open files and locks stay in this process
+        # open files stay in this process
         return ShardSet, (self.paths, self.kind, self.index, self.class_names, self.sha256)
 
-    def _file(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._files:
-                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-            return self._files[shard]
+
+def manifest_folder(where: str | Path, cache: Path | None = None) -> Path | None:
+    """The folder that holds the manifest of prepared shards; None: tar files without one.
+
+    Raises:
+        DataError: it cannot be fetched.
+    """
+    if remote.is_remote(where):
+        is_folder = remote.is_prepared_url(str(where))
+        return remote.fetch_manifest(str(where), MANIFEST, cache) if is_folder else None
+    folder = Path(re.sub(r"^file:(//)?", "", str(where)))
+    return folder if not remote.is_list(str(where)) and (folder / MANIFEST).is_file() else None
 
 
-def _open_prepared(folder: Path, split: str | None) -> ShardSet:
+def splits_of(where: str | Path, cache: Path | None = None) -> tuple[str, ...]:
+    """Splits of prepared shards, or those that the names of a folder's tar files begin with.
+
+    Empty for tar files that are not split.
+
+    Raises:
+        DataError: a manifest is broken or cannot be fetched.
+    """
+    prepared = manifest_folder(where, cache)
+    if prepared is not None:
+        return tuple(read_manifest(prepared)["splits"])
+    names = [] if remote.is_remote(where) else _expand(str(where))
+    is_folder = len(names) == 1 and Path(names[0]).is_dir()
+    usual = dict.fromkeys(SPLIT_NAMES.values())
+    return tuple(n for n in usual if is_folder and any(Path(names[0]).glob(f"{n}*.tar")))
+
+
+def _split_in(folder: Path, split: str | None) -> tuple[dict[str, Any], str, list[Any]]:
+    """Manifest of a prepared folder, the split meant, and (file, bytes, sha256) of its shards."""
     manifest = read_manifest(folder)
     splits = manifest["splits"]
     if split is None and len(splits) == 1:
         split = next(iter(splits))
-    if split not in splits:
+    if split is None or split not in splits:
         raise DataError(f"{folder} has the splits {', '.join(splits)}; {split!r} is none of them")
     try:
-        shards = [(folder / s["file"], s["bytes"], s["sha256"]) for s in splits[split]["shards"]]
-        names = tuple(manifest["class_names"])
-    except (KeyError, TypeError) as e:
+        shards = [(str(s["file"]), int(s["bytes"]), s["sha256"]) for s in splits[split]["shards"]]
+        if not (shards and isinstance(manifest["class_names"], list)):
+            raise TypeError("its shards or its classes")
+    except (KeyError, TypeError, ValueError) as e:
         raise DataError(f"{folder / MANIFEST} lacks {e}; prepare the data again") from e
+    return manifest, split, shards
+
+
+def _open_prepared_url(url: str, split: str | None, cache: Path | None) -> ShardSet:
+    folder = remote.fetch_manifest(url, MANIFEST, cache)
+    try:
+        _, split, shards = _split_in(folder, split)
+    except DataError as e:
+        raise DataError(f"{url}: {e}") from e
+    remote.fetch_split(url, folder, _index_name(split), shards)
+    return _open_prepared(folder, split)
+
+
+def _index_name(split: str) -> str:
+    return f"{split}.index.npz"
+
+
+def _open_prepared(folder: Path, split: str | None) -> ShardSet:
+    manifest, split, listed = _split_in(folder, split)
+    shards = [(folder / file, size, sha256) for file, size, sha256 in listed]
+    names = tuple(map(str, manifest["class_names"]))
     paths, sizes, digests = zip(*shards, strict=True)
     for path, size in zip(paths, sizes, strict=True):
         if not path.is_file():
@@ -192,19 +252,30 @@ def _open_prepared(folder: Path, split: str | None) -> ShardSet:
             raise DataError(
                 f"{path} has {path.stat().st_size} bytes, it was made with {size}; copy it again"
             )
-    index = ShardIndex.load(folder / f"{split}.index.npz")
+    index = ShardIndex.load(folder / _index_name(split))
     return _checked(ShardSet(paths, manifest["kind"], index, names, digests))
 
 
-def _open_tars(paths: list[Path]) -> ShardSet:
+def _fetched(names: list[str], cache: Path | None) -> list[Path]:
+    """Local tar files as they are, copies of the others."""
+    urls = [n for n in names if remote.is_remote(n)]
+    copies = iter(remote.fetch_shards(urls, cache))
+    return [next(copies) if remote.is_remote(n) else Path(n) for n in names]
+
+
+def _open_tars(paths: list[Path], names: list[str]) -> ShardSet:
+    """Open tar files; ``names`` is what the user calls them."""
     parts: list[ShardIndex] = []
-    kinds: dict[str, Path] = {}
-    for number, path in enumerate(paths):
-        index, kind = scan_cached(path)
-        kinds.setdefault(kind, path)
+    kinds: dict[str, str] = {}
+    for number, (path, name) in enumerate(zip(paths, names, strict=True)):
+        try:
+            index, kind = scan_cached(path)
+        except DataError as e:
+            raise (e if name == str(path) else DataError(f"{name}: {e}")) from e
+        kinds.setdefault(kind, name)
         parts.append(replace(index, shard=np.full(len(index), number, np.int32)))
     if len(kinds) > 1:
-        raise DataError(f"shards are of several kinds: { ({k: str(p) for k, p in kinds.items()}) }")
+        raise DataError(f"shards are of several kinds: {kinds} (kind: its first shard)")
     extensions = np.unique(np.concatenate([p.extensions for p in parts]))
     columns = {
         name: np.concatenate([getattr(p, name) for p in parts])
@@ -243,9 +314,14 @@ def _checked(shards: ShardSet) -> ShardSet:
 
 
 def _expand(where: str) -> list[str]:
-    if "{" not in where:
+    """Names that a string stands for: local ones with their globs resolved, URLs as they are."""
+    names: list[str] = []
+    for name in remote.expand(where) if remote.is_list(where) else [where]:
+        if remote.is_remote(name):
+            names.append(name)
+            continue
+        local = re.sub(r"^file:(//)?", "", name)
+        is_pattern = glob.has_magic(local) and not Path(local).exists()
         # Path.glob takes no absolute pattern
-        return sorted(glob.glob(where)) if glob.has_magic(where) else [where]  # noqa: PTH207
-    from braceexpand import braceexpand
-
-    return list(braceexpand(where))
+        names += sorted(glob.glob(local)) if is_pattern else [local]  # noqa: PTH207
+    return names

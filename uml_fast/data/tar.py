@@ -12,6 +12,11 @@ from uml_fast.data.source import DataError
 BLOCK = tarfile.BLOCKSIZE
 END = b"\0" * (2 * BLOCK)
 """What a whole tar file ends with, at least."""
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK": "zip",
+}  # fmt: skip
+"""First bytes -> program that compressed a file."""
 
 
 class Member(NamedTuple):
@@ -39,6 +44,7 @@ def members(path: Path) -> list[Member]:
 
     try:
         total = path.stat().st_size
+        _refuse_compressed(path)
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             while (info := tar.next()) is not None:
                 start, end = info.offset_data, info.offset_data + info.size
@@ -47,18 +53,41 @@ def members(path: Path) -> list[Member]:
                     raise broken(f"member {info.name!r} has size {info.size}")
                 if info.isreg() and end > total:
                     raise broken(f"truncated in member {info.name!r}")
-                if info.isreg() and not info.issparse():
+                if info.issparse():
+                    raise DataError(
+                        f"{path}: member {info.name!r} is sparse; make the file without --sparse"
+                    )
+                if info.isreg():
                     found.append(Member(info.name, start, info.size))
             # tarfile takes a header it cannot read behind the first member for the end
             file.seek(tar.offset)
             end_mark = file.read(BLOCK)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; copy it there or leave it out") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, not a tar file; give its tar files") from None
+    except OSError as e:
+        raise DataError(
+            f"{path} cannot be read: {e.strerror or e}; make it readable or leave it out"
+        ) from e
     except (tarfile.TarError, ValueError, EOFError, OverflowError) as e:
         raise broken(f"broken or truncated tar file ({e})") from e
     if end_mark != END[:BLOCK]:
         raise broken(f"truncated, or broken at byte {tar.offset}")
     return found
+
+
+def _refuse_compressed(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(8)
+    for magic, program in _COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"{path} is compressed ({program}); samples are read from any place of a plain tar "
+                "file: unpack it"
+            )
 
 
 def header(name: str, size: int) -> bytes:

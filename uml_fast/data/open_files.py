@@ -1,0 +1,77 @@
+"""Files that threads read at any place, a limited number of them open at a time."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+MOST = 128
+"""Files of a set that are open at a time: 4 sets of them fit into the usual limit of 1024."""
+
+
+class _File:
+    """A descriptor that is closed when the last thread lets go of it."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+class OpenFiles:
+    """Reads files by their number; those read last stay open.
+
+    Args:
+        paths: the files.
+        most: files that are open at a time.
+    """
+
+    def __init__(self, paths: Sequence[Path], most: int = MOST) -> None:
+        self._paths, self._most = paths, most
+        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def read(self, number: int, size: int, offset: int) -> bytes:
+        """``size`` bytes of a file from ``offset`` on, fewer where it ends. Any thread may.
+
+        Raises:
+            OSError: the file cannot be opened or read.
+        """
+        # holding the file keeps it open, whatever other threads close meanwhile
+        file = self._file(number)
+        return os.pread(file.descriptor, size, offset)
+
+    def close(self) -> None:
+        """Close the files; a later ``read`` opens them again."""
+        with self._lock:
+            self._open.clear()
+
+    def _file(self, number: int) -> _File:
+        with self._lock:
+            file = self._open.get(number)
+            if file is not None:
+                self._open.move_to_end(number)
+                return file
+            try:
+                file = _File(self._paths[number])
+            except OSError as e:
+                if e.errno != errno.EMFILE:
+                    raise
+                self._open.clear()  # other parts of the process need descriptors too
+                file = _File(self._paths[number])
+            self._open[number] = file
+            if len(self._open) > self._most:
+                self._open.popitem(last=False)
+            return file
