@@ -8,14 +8,15 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 from tests.test_folders import IMAGE, SOUND, run_config, shards
 from uml_fast.config import ConfigError, MixConfig
 from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.augment.audio import AudioAugment, add_noise, without_bands
+from uml_fast.data.augment.colour import autocontrast, posterize, recoloured, solarize
 from uml_fast.data.augment.draws import Draws, visit_keys
-from uml_fast.data.augment.image import ImageAugment, crop_box, recoloured
+from uml_fast.data.augment.image import ImageAugment, crop_box
 from uml_fast.data.augment.randaugment import OPERATIONS, randaugment
 from uml_fast.data.augment.text import TextAugment
 from uml_fast.data.loader import Loader, layouts_of
@@ -201,6 +202,20 @@ def test_one_pass_gives_the_colours_of_pillows_enhancers(name: str, factors: tup
             assert abs(got - want).max() <= 1 + round(factor)  # Pillow's mean is a whole number
     whole = np.asarray(recoloured(Image.fromarray(pixels), 1, 1, 1, 1.0)).astype(int)
     assert abs(whole - pixels).max() <= 1
+
+
+def test_posterize_solarize_and_autocontrast_are_pillows() -> None:
+    pixels = np.random.default_rng(0).integers(20, 200, (20, 31, 3)).astype(np.uint8)
+    pixels[:, :, 1] = 7  # a channel without contrast
+    for image in (Image.fromarray(pixels), Image.fromarray(pixels[:, :, 0])):
+        for bits in range(1, 9):
+            assert same([posterize(image, bits)], [ImageOps.posterize(image, bits)])
+        for threshold in (0, 100, 255, 256):
+            assert same([solarize(image, threshold)], [ImageOps.solarize(image, threshold)])
+        got, want = (
+            np.asarray(x).astype(int) for x in (autocontrast(image), ImageOps.autocontrast(image))
+        )
+        assert abs(got - want).max() <= 1  # Pillow cuts decimals off
 
 
 def test_a_hue_turned_by_a_third_moves_red_to_another_colour_of_its_luminance() -> None:

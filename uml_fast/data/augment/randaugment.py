@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from uml_fast.data.augment.colour import autocontrast, posterize, recoloured, solarize
 from uml_fast.data.augment.draws import Draws
 
 if TYPE_CHECKING:
@@ -39,32 +40,10 @@ def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
-def _enhance(kind: str) -> Callable[[Image.Image, float], Image.Image]:
-    def operation(image: Image.Image, part: float) -> Image.Image:
-        from PIL import ImageEnhance
+def _sharpness(image: Image.Image, part: float) -> Image.Image:
+    from PIL import ImageEnhance
 
-        enhanced: Image.Image = getattr(ImageEnhance, kind)(image).enhance(1 + _ENHANCE * part)
-        return enhanced
-
-    return operation
-
-
-def _posterize(image: Image.Image, part: float) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.posterize(image, 8 - round(4 * part))
-
-
-def _solarize(image: Image.Image, part: float) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.solarize(image, round(255 * (1 - part)))
-
-
-def _autocontrast(image: Image.Image, part: float) -> Image.Image:
-    from PIL import ImageOps
-
-    return ImageOps.autocontrast(image)
+    return ImageEnhance.Sharpness(image).enhance(1 + _ENHANCE * part)
 
 
 def _equalize(image: Image.Image, part: float) -> Image.Image:
@@ -85,13 +64,13 @@ OPERATIONS: Mapping[str, Callable[[Image.Image, float], Image.Image]] = MappingP
             image, (1, 0, 0, 0, 1, int(_TRANSLATE * part * image.height))
         ),
         "rotate": lambda image, part: image.rotate(_ROTATE * part),
-        "brightness": _enhance("Brightness"),
-        "color": _enhance("Color"),
-        "contrast": _enhance("Contrast"),
-        "sharpness": _enhance("Sharpness"),
-        "posterize": _posterize,
-        "solarize": _solarize,
-        "autocontrast": _autocontrast,
+        "brightness": lambda image, part: recoloured(image, brightness=1 + _ENHANCE * part),
+        "color": lambda image, part: recoloured(image, saturation=1 + _ENHANCE * part),
+        "contrast": lambda image, part: recoloured(image, contrast=1 + _ENHANCE * part),
+        "sharpness": _sharpness,
+        "posterize": lambda image, part: posterize(image, 8 - round(4 * part)),
+        "solarize": lambda image, part: solarize(image, round(255 * (1 - part))),
+        "autocontrast": lambda image, part: autocontrast(image),
         "equalize": _equalize,
     }
 )
