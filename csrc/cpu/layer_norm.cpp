@@ -1,6 +1,7 @@
 // Layer norm or RMS norm of residual + dropout(input), forward and backward. Nothing but the row
 // statistics is saved: the backward pass reads the two inputs again and redraws the mask.
 #include "kernel_parts.h"
+#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -198,8 +199,11 @@ bool streams(const NormShape& shape, const A* a, const B* b) {
 void add_layer_norm_fwd(int threads, NormShape shape, const void* input, const void* residual,
                         const float* weight, const float* bias, float eps, void* normed,
                         void* summed, float* mean, float* rstd, Dropout drop) {
+  const size_t elements = static_cast<size_t>(shape.rows * shape.cols);
   with_variant(shape, drop, [&]<class In, class Res, bool kDrop, bool kRms>() {
     const bool past_caches = streams(shape, static_cast<In*>(normed), static_cast<Res*>(summed));
+    prefer_huge_pages(normed, sizeof(In) * elements);
+    if (summed) prefer_huge_pages(summed, sizeof(Res) * elements);
     parallel_for(threads, shape.rows, kRowsPerChunk, [&](int64_t begin, int64_t end) {
       fwd_rows<In, Res, kDrop, kRms>(shape, static_cast<const In*>(input),
                                      static_cast<const Res*>(residual), weight, bias, eps,
@@ -216,9 +220,12 @@ void add_layer_norm_bwd(int threads, NormShape shape, const void* grad_normed,
   const int64_t chunks = (shape.rows + kRowsPerChunk - 1) / kRowsPerChunk, cols = shape.cols;
   const Floats partial((shape.is_rms ? 1 : 2) * chunks * cols);
   float* partial_bias = partial.data + chunks * cols;
+  const size_t elements = static_cast<size_t>(shape.rows * shape.cols);
   with_variant(shape, drop, [&]<class In, class Res, bool kDrop, bool kRms>() {
     const bool past_caches =
         streams(shape, static_cast<Res*>(grad_residual), static_cast<In*>(grad_input));
+    prefer_huge_pages(grad_residual, sizeof(Res) * elements);
+    if (grad_input) prefer_huge_pages(grad_input, sizeof(In) * elements);
     parallel_for(threads, shape.rows, kRowsPerChunk, [&](int64_t begin, int64_t end) {
       const int64_t chunk = begin / kRowsPerChunk;
       bwd_rows<In, Res, kDrop, kRms>(

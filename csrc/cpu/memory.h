@@ -5,9 +5,14 @@
 
 namespace uml {
 
-// Asks for huge pages behind `bytes` at `data` where a buffer is so large that its pages are always
-// fresh; does nothing for smaller ones and on systems without such advice. Call before the first
-// write.
+// Asks for huge pages behind the `bytes` at `data`, if those are large and not yet written to; does
+// nothing on systems without such advice. Call before the first write.
 void prefer_huge_pages(void* data, size_t bytes);
+
+// True if the `bytes` at `data`, private memory as allocators give it, now are zeros that no kernel
+// needs to write: where a large buffer's pages are fresh they come as zeros from the system, huge
+// ones, each when it is first touched. False, with nothing done, for other buffers and on systems
+// without such advice.
+bool zero_by_pages(void* data, size_t bytes);
 
 }  // namespace uml

@@ -1,6 +1,7 @@
 // Tokens of text: rows of an embedding table plus rows of a position table. Their gradients are
 // sums of rows by index (index_sum.cpp).
 #include "kernel_parts.h"
+#include "memory.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -17,6 +18,7 @@ void text_stem_fwd(int threads, TextShape shape, const int32_t* ids, const void*
   with_type(shape.weight, [&]<class W>(W*) {
     with_type(shape.position, [&]<class P>(P*) {
       with_type(shape.out, [&]<class T>(T*) {
+        prefer_huge_pages(out, sizeof(T) * static_cast<size_t>(shape.rows * cols));
         parallel_for(threads, shape.rows, kRowsPerChunk, [&](int64_t begin, int64_t end) {
           for (int64_t row = begin; row < end; ++row) {
             const W* w = static_cast<const W*>(weight) + ids[row] * cols;

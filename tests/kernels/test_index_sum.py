@@ -49,6 +49,21 @@ def test_matches_on_every_instruction_set(
     check(shape, dtype, "native")
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_large_tables_are_zero_where_no_row_has_the_index(
+    is_fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pages that nothing was written to, which come as zeros, and in those that hold NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", not is_fresh)
+    rows, cols, size = 40, 65, (33 << 20) // (4 * 65)
+    index = torch.randint(size, (rows,), dtype=torch.int32)
+    index[:3] = torch.tensor([0, size - 1, size - 1])
+    input = torch.randn(rows, cols)
+    got = index_sum(input, index, size, backend="native")
+    assert torch.equal(got, index_sum(input, index, size, backend="reference"))
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [FP32, BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
