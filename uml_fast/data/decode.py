@@ -20,7 +20,7 @@ from uml_fast.modalities.features import FeaturesConfig
 from uml_fast.modalities.image import ImageConfig
 from uml_fast.modalities.text import TextConfig
 
-Backend = Literal["webdataset", "dali"]
+Backend = Literal["webdataset", "dali", "dali_gpu"]
 _JPEG = b"\xff\xd8"
 
 
@@ -63,13 +63,18 @@ def decode_of(config: ModalityConfig, backend: Backend = "webdataset") -> Decode
 
     Raises:
         DataError: samples of the modality cannot be read from files.
-        ImportError: a library of the backend is missing.
+        ConfigError: the backend needs a GPU and there is none.
+        ModuleNotFoundError: a library of the backend is missing.
     """
-    if backend == "dali":
-        from uml_fast.data import dali  # type: ignore[attr-defined]
+    plain = _one_by_one(config)
+    if backend == "webdataset":
+        return plain
+    from uml_fast.data.dali import batched
 
-        decode: Decode = dali.decode_of(config)
-        return decode
+    return batched(config, plain, on_gpu=backend == "dali_gpu")
+
+
+def _one_by_one(config: ModalityConfig) -> OneByOne:
     if isinstance(config, ImageConfig):
         return OneByOne(_image(config))
     if isinstance(config, AudioConfig):
@@ -98,7 +103,7 @@ def _image(config: ImageConfig) -> Callable[[bytes], np.ndarray]:
         try:
             with Image.open(io.BytesIO(payload)) as image:
                 converted = np.asarray(image.convert(mode))
-        except (OSError, ValueError, SyntaxError) as e:
+        except Exception as e:  # whatever the parser of a broken file's format stumbles on
             raise DecodeError(f"broken image: {e}") from None
         return converted.reshape(*converted.shape[:2], config.channels)
 

@@ -43,7 +43,8 @@ class FoldersConfig(DataConfig):
     cache: Path | None = None
     """Folder for copies of shards from URLs and pipes; None: $XDG_CACHE_HOME/uml_fast/remote."""
     backend: Backend = "webdataset"
-    """What decodes: the library of each format, sample by sample; or NVIDIA DALI in batches."""
+    """What decodes: the library of each format, sample by sample; or NVIDIA DALI in batches (dali),
+    JPEG images on the GPU (dali_gpu: pixels differ by some steps)."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training samples are changed, in another way each epoch."""
 
