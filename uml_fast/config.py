@@ -243,6 +243,8 @@ class RunConfig:
     """Compile the step with torch.compile; shapes are fixed, so it compiles once per layout."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
+    trace: Path | None = None
+    """File for a Perfetto trace of one trial: the first one trained with all modalities, if any."""
 
     def __post_init__(self) -> None:
         _check_finite(self)

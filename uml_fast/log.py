@@ -3,8 +3,8 @@
 ``metrics.jsonl`` has one JSON object a logged step: ``mode``, ``seed``, ``step``, and what was
 measured then: ``loss``, ``losses`` (per modality), ``val`` (the metric on validation data),
 ``tokens_per_s``, ``samples_per_s``, ``mfu`` (fraction of the measured peak), ``stall_pct``,
-``fill_pct``, ``lr``, ``grad_norm``. A resumed trial first drops what it will log again, so the file
-reads as if the run had never stopped.
+``fill_pct``, ``lr``, ``grad_norm``, and the groups of numbers of ``Meter.lap``. A resumed trial
+first drops what it will log again, so the file reads as if the run had never stopped.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from uml_fast.files import replace_file
 from uml_fast.progress import StatusLine, duration
 
 logger = logging.getLogger(__name__)
+
+_STALL_NAMED_PCT = 1.0
+"""Stall from which on the progress line says its cause."""
 
 
 class RunFolderError(RuntimeError):
@@ -141,7 +144,7 @@ class RunLog:
         *,
         loss: float | None = None,
         losses: Mapping[str, float] | None = None,
-        **metrics: float | None,
+        **metrics: float | Mapping[str, float] | None,
     ) -> None:
         """Log one step (1-based, the number of steps done) of the trial.
 
@@ -149,7 +152,7 @@ class RunLog:
             step: optimiser steps done.
             loss: the minimised total.
             losses: loss of each modality, without its weight.
-            metrics: further numbers; those that are not finite are written as null.
+            metrics: further numbers or groups of numbers; those not finite are written as null.
         """
         if self._trial is None or self._file is None:
             raise RuntimeError("RunLog.write outside of a trial; call begin first")
@@ -159,7 +162,11 @@ class RunLog:
             record["loss"] = _finite(loss)
         if losses:
             record["losses"] = {name: _finite(value) for name, value in losses.items()}
-        record |= {name: _finite(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            if isinstance(value, Mapping):
+                record[name] = {k: _finite(v) for k, v in value.items()}
+            else:
+                record[name] = _finite(value)
         with _naming(self.path):
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -293,7 +300,9 @@ class _Progress:
         if r.get("mfu") is not None:
             parts.append(f"MFU {100 * r['mfu']:.0f} %")
         if r.get("stall_pct") is not None:
-            parts.append(f"stall {r['stall_pct']:.1f} %")
+            parts.append(f"stall {r['stall_pct']:.1f} %{_stalled_on(r)}")
+        if (r.get("stages") or {}).get("ready") is not None:
+            parts.append(f"ready {r['stages']['ready']:.0f} %")
         return "  ".join(parts)
 
     def _left(self) -> tuple[float, float] | None:
@@ -305,6 +314,14 @@ class _Progress:
         trial = rate * max(0, self.trials[self.index].steps - step_1)
         later = self.trials[self.index + 1 :]
         return trial, trial + sum(t.steps * self.seconds_per_step.get(t.mode, rate) for t in later)
+
+
+def _stalled_on(record: Mapping[str, Any]) -> str:
+    """What most of a stall that matters was for: a modality, or a stage of the loader."""
+    causes = record.get("stall_ms") or {}
+    if record["stall_pct"] < _STALL_NAMED_PCT or not causes:
+        return ""
+    return f" ({max(causes, key=lambda name: causes[name])})"
 
 
 def _count(value: float) -> str:

@@ -72,14 +72,19 @@ class Meter:
         self.started = time.perf_counter()
         self.before = self.loader.stats()
 
-    def lap(self) -> dict[str, float]:
-        """Rates since the last lap; begins the next one."""
+    def lap(self) -> dict[str, float | dict[str, float]]:
+        """Rates since the last lap; begins the next one.
+
+        ``stages`` are what the loader's slots were in, in % of their time. ``stall_ms`` is what
+        the trial waited for, and ``read_ms``, ``decode_ms``, ``assemble_ms`` the threads' time
+        by modality, in milliseconds a pack.
+        """
         now, stats, before = time.perf_counter(), self.loader.stats(), self.before
         seconds = now - self.started
         tokens = {name: stats[f"tokens/{name}"] - before[f"tokens/{name}"] for name in self.flops}
         samples = sum(stats[f"samples/{name}"] - before[f"samples/{name}"] for name in self.flops)
         useful = sum(self.flops[name] * n for name, n in tokens.items()) / seconds
-        out = {
+        out: dict[str, float | dict[str, float]] = {
             "tokens_per_s": sum(tokens.values()) / seconds,
             "samples_per_s": samples / seconds,
             "mfu": useful / self.peak,
@@ -89,5 +94,22 @@ class Meter:
         }
         if self.datasheet:
             out["mfu_datasheet"] = useful / self.datasheet
+        out |= self._times(stats)
         self.started, self.before = now, stats
+        return out
+
+    def _times(self, stats: dict[str, float]) -> dict[str, float | dict[str, float]]:
+        spent: dict[str, dict[str, float]] = {}
+        for key, value in stats.items():
+            group, _, name = key.partition("_s/")
+            if name and value > self.before.get(key, 0.0):
+                spent.setdefault(group, {})[name] = value - self.before.get(key, 0.0)
+        stages = spent.pop("stage", {})
+        total = sum(stages.values())
+        packs = max(1.0, stats["packs"] - self.before["packs"])
+        out: dict[str, float | dict[str, float]] = {}
+        if stages:
+            out["stages"] = {k: 100 * s / total for k, s in stages.items() if k != "free"}
+        for group, seconds in spent.items():
+            out[f"{group}_ms"] = {name: 1000 * s / packs for name, s in seconds.items()}
         return out

@@ -26,8 +26,8 @@ from uml_fast.recipes import RECIPE_MODULE, import_file
 
 logger = logging.getLogger("uml_fast")
 
-_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint", "data.max_errors",
-             "data.cache")  # fmt: skip
+_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint", "trace",
+             "data.max_errors", "data.cache")  # fmt: skip
 """Fields in which a continued run may differ from its folder's: they do not change a trial."""
 
 
@@ -66,8 +66,9 @@ def from_json(value: Any) -> Any:
             raise TypeError(f"{name} is not a configuration")
         known = {f.name for f in dataclasses.fields(kind)}
         fields = {k: from_json(v) for k, v in value.items() if k != "class"}
-        if "out" in known and fields["out"] is not None:
-            fields["out"] = Path(fields["out"])
+        for name in ("out", "trace"):
+            if name in known and fields.get(name) is not None:
+                fields[name] = Path(fields[name])
         return kind(**fields)
     except (ImportError, AttributeError, TypeError, KeyError) as e:
         raise ConfigError(

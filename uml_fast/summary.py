@@ -18,6 +18,7 @@ from uml_fast.log import read_metrics
 from uml_fast.machine import machine_info
 from uml_fast.model.uml import Uml
 
+_GROUPS = ("stages", "read_ms", "decode_ms", "assemble_ms", "stall_ms")
 _RATES = ("tokens_per_s", "samples_per_s", "mfu", "mfu_datasheet", "stall_pct", "fill_pct")
 
 
@@ -97,6 +98,7 @@ def baselines(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict
 def throughput(folder: Path) -> dict[str, Any]:
     """Medians of the UML trials' logged rates, without the first laps (they pay for warm-up)."""
     laps: dict[str, list[float]] = defaultdict(list)
+    groups: dict[str, list[dict[str, float]]] = defaultdict(list)
     recompiles, seen = 0, set()
     for record in read_metrics(folder):
         trial = (record["mode"], record["seed"])
@@ -107,11 +109,20 @@ def throughput(folder: Path) -> dict[str, Any]:
             for name in _RATES:
                 if name in record:
                     laps[name].append(record[name])
+            for name in _GROUPS:
+                groups[name].append(record.get(name) or {})
         seen.add(trial)
     rates: dict[str, Any] = {
         name: float(np.median(v)) if (v := laps.get(name)) else None for name in _RATES
     }
-    return rates | {"recompiles": recompiles}
+    means = {name: _means(found) for name, found in groups.items() if any(found)}
+    return rates | means | {"recompiles": recompiles}
+
+
+def _means(laps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each number over all laps, 0 where a lap lacks it."""
+    names = list(dict.fromkeys(name for lap in laps for name in lap))
+    return {name: float(np.mean([lap.get(name, 0.0) for lap in laps])) for name in names}
 
 
 def describe_samples(model: Uml, task: Task, count: int = 4) -> list[dict[str, Any]]:

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from uml_fast.config import RunConfig
 from uml_fast.report import print_table, write_report
 from uml_fast.run import locked, open_run, write_json
 from uml_fast.summary import describe_samples, summarise
+from uml_fast.trace import Trace
 from uml_fast.trial import Stopped, Trial
 
 _AGAIN = "the same command continues it"
@@ -47,13 +50,16 @@ def _train_all(config: RunConfig, folder: Path) -> bool:
     """Train what is missing and write the summary; False if asked to stop before the end."""
     seeds = range(config.seed, config.seed + config.seeds)
     trials = [log.Trial(mode, seed, config.steps) for seed in seeds for mode in config.modes]
+    missing = [t for t in trials if _read_result(_place(folder, t) / "result.json") is None]
+    traced = next((t for t in missing if t.mode == "uml"), missing[0] if missing else None)
     results = []
     with log.RunLog(folder, trials) as run_log, StopSignal() as stop:
         for planned in trials:
             if stop:
                 run_log.note(f"stopped before {planned.mode} seed {planned.seed}; {_AGAIN}")
                 return False
-            result = _finish_trial(config, planned.mode, planned.seed, folder, run_log, stop)
+            trace_to = config.trace if planned == traced else None
+            result = _finish_trial(config, planned, folder, run_log, stop, trace_to)
             if result is None:
                 return False
             results.append(result)
@@ -66,21 +72,51 @@ def _train_all(config: RunConfig, folder: Path) -> bool:
 
 
 def _finish_trial(
-    config: RunConfig, mode: str, seed: int, folder: Path, run_log: log.RunLog, stop: StopSignal
+    config: RunConfig,
+    planned: log.Trial,
+    folder: Path,
+    run_log: log.RunLog,
+    stop: StopSignal,
+    trace_to: Path | None,
 ) -> dict[str, Any] | None:
     """The result of one trial, trained where it is not there yet; None if it was asked to stop."""
-    place = folder / "trials" / f"{mode}-{seed}"
+    place = _place(folder, planned)
     finished = place / "result.json"
     if _read_result(finished) is None:
-        trial = Trial(config, mode, seed, place)
-        if mode == "uml" and not (folder / "samples.json").exists():
+        trial = Trial(config, planned.mode, planned.seed, place)
+        if planned.mode == "uml" and not (folder / "samples.json").exists():
             write_json(folder / "samples.json", describe_samples(trial.model, trial.task))
         try:
-            write_json(finished, trial.run(stop, run_log))
+            with _traced(trace_to, run_log) as trace:
+                result = trial.run(stop, run_log, trace)
         except Stopped:
-            run_log.note(f"stopped at step {trial.step} of {mode} seed {seed}; {_AGAIN}")
+            run_log.note(
+                f"stopped at step {trial.step} of {planned.mode} seed {planned.seed}; {_AGAIN}"
+            )
             return None
+        write_json(finished, result)
     return _read_result(finished)
+
+
+def _place(folder: Path, planned: log.Trial) -> Path:
+    return folder / "trials" / f"{planned.mode}-{planned.seed}"
+
+
+@contextlib.contextmanager
+def _traced(path: Path | None, run_log: log.RunLog) -> Iterator[Trace | None]:
+    """A trace that is written to ``path`` however the trial ends; nothing where that is None."""
+    if path is None:
+        yield None
+        return
+    trace = Trace()
+    try:
+        yield trace
+    finally:
+        try:
+            trace.write(path)
+            run_log.note(f"trace: {path} (open it in ui.perfetto.dev)")
+        except OSError as error:
+            run_log.note(f"the trace {path} could not be written: {error.strerror or error}")
 
 
 def _read_result(path: Path) -> dict[str, Any] | None:

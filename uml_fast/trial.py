@@ -24,6 +24,7 @@ from uml_fast.optim import learning_rate, load_optimizer_tensors, optimizer_tens
 from uml_fast.pack import Layout
 from uml_fast.run import write_json
 from uml_fast.step import StepResult, TrainStep
+from uml_fast.trace import Trace, span
 
 logger = logging.getLogger("uml_fast")
 
@@ -154,12 +155,15 @@ class Trial:
         self.last: tuple[int, Tensor, Layout, Tensor] | None = None
         """The newest step whose loss was read."""
 
-    def run(self, stop: checkpoint.StopSignal, log: RunLog) -> dict[str, Any]:
+    def run(
+        self, stop: checkpoint.StopSignal, log: RunLog, trace: Trace | None = None
+    ) -> dict[str, Any]:
         """Train to the end and measure.
 
         Args:
             stop: read between steps.
             log: takes one record per logged step and validation.
+            trace: takes the events of loading, steps, validations and checkpoints.
 
         Returns:
             The trial's result as it stands in summary.json.
@@ -169,13 +173,15 @@ class Trial:
             TrainingError: a loss or the weights are not finite.
         """
         config = self.config
-        with self._loader() as loader:
+        with self._loader(trace) as loader:
             self._resume(loader)
             log.begin(self.mode, self.seed, resumed_step=self.step)
             meter = Meter(self.model, config, self.task.train, loader, self.device)
             while self.step < config.steps and not self._is_patience_over():
-                batch, _ = next(loader)
-                result = self.train_step(batch, self.step)
+                with span(trace, "wait for a pack"):
+                    batch, _ = next(loader)
+                with span(trace, "step", step=self.step + 1):
+                    result = self.train_step(batch, self.step)
                 self.unchecked.append(
                     (self.step, result.loss, batch.layout, batch.sample_S.clone())
                 )
@@ -186,23 +192,25 @@ class Trial:
                     self._check_finite()
                 record = self._record(result, meter) if is_logged else {}
                 if config.eval.every and (is_last or self._is_due(config.eval.every)):
-                    record["val"] = self._validate()
+                    with span(trace, "validation"):
+                        record["val"] = self._validate()
                     meter.restart()
                 if record:
                     log.write(self.step, **record)
                 is_last = is_last or self._is_patience_over()
                 is_stopping = bool(stop) and not is_last
                 if is_last or is_stopping or self._is_due(config.checkpoint.every):
-                    self._save(loader)
+                    with span(trace, "checkpoint"):
+                        self._save(loader)
                     meter.restart()
                 if is_stopping:
                     raise Stopped
         log.end()
         return self._result()
 
-    def _loader(self) -> Loader:
+    def _loader(self, trace: Trace | None) -> Loader:
         return Loader(
-            self.task.train, self.layouts, self.mix, self.seed,
+            self.task.train, self.layouts, self.mix, self.seed, trace=trace,
             shares=shares_of(self.config), target=self.config.target, device=self.device,
         )  # fmt: skip
 

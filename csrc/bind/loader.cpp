@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -30,6 +31,9 @@ using RegionArgs = std::tuple<int, int64_t, int64_t, int64_t, int64_t, int64_t>;
 using LayoutArgs = std::tuple<std::vector<RegionArgs>, std::vector<int>, double>;
 // (rows as bytes, none where producers write them; bytes of a row; labels)
 using SourceArgs = std::tuple<Rows, size_t, Labels>;
+
+constexpr std::array<const char*, uml::kPhases> kPhaseNames = {
+    "free", "plan", "drain", "assemble", "read", "upload", "ready", "held"};
 
 // (through, epochs, samples)
 using DealArgs = std::tuple<int64_t, Offsets, Offsets>;
@@ -131,21 +135,52 @@ struct BoundLoader {
     return py::array(py::dtype::of<uint8_t>(), {block.bytes}, {size_t{1}}, block.host, base);
   }
 
-  // A job as (slot, region, generation, samples, epochs, its rows' bytes), or None.
-  py::object take(int stream, double wait_s) {
+  // A job as (job, stream, samples, epochs, bytes of its rows), or None.
+  py::object take(double wait_s) {
     std::optional<uml::Job> job;
     {
       py::gil_scoped_release nogil;
-      job = loader.take(stream, wait_s);
+      job = loader.take(wait_s);
     }
     if (!job) return py::none();
     using Owner = std::shared_ptr<uml::SlotMemory>;
     auto owner = std::make_unique<Owner>(loader.memory());
     py::capsule base(owner.release(), [](void* p) { delete static_cast<Owner*>(p); });
-    const size_t bytes = loader.map(loader.layout(job->slot)).raw[job->region].bytes;
-    py::array rows(py::dtype::of<uint8_t>(), {bytes}, {size_t{1}}, job->rows, base);
-    return py::make_tuple(job->slot, job->region, job->generation, to_array(job->samples),
-                          to_array(job->epochs), rows);
+    py::array rows(py::dtype::of<uint8_t>(), {job->bytes}, {size_t{1}}, job->rows, base);
+    return py::make_tuple(*job, job->stream, to_array(job->samples), to_array(job->epochs), rows);
+  }
+
+  // Seconds since the loader was made: `phase` and `stall` by name, `assemble` and `produce_stall`
+  // per stream.
+  py::dict totals() const {
+    const uml::Totals totals = loader.totals();
+    const auto seconds = [](const std::vector<int64_t>& ns) {
+      py::list out;
+      for (const int64_t n : ns) out.append(static_cast<double>(n) * 1e-9);
+      return out;
+    };
+    py::dict phase;
+    py::dict stall;
+    for (size_t i = 0; i < uml::kPhases; ++i) {
+      phase[kPhaseNames[i]] = static_cast<double>(totals.phase[i]) * 1e-9;
+      stall[kPhaseNames[i]] = static_cast<double>(totals.stall[i]) * 1e-9;
+    }
+    py::dict out;
+    out["phase"] = phase;
+    out["stall"] = stall;
+    out["assemble"] = seconds(totals.assemble);
+    out["produce_stall"] = seconds(totals.produce_stall);
+    return out;
+  }
+
+  // The events of a trace as (phase, begin_ns, end_ns, pack, slot, stream or -1).
+  py::list events() const {
+    py::list out;
+    for (const uml::TraceEvent& e : loader.events()) {
+      out.append(
+          py::make_tuple(kPhaseNames[e.phase], e.begin_ns, e.end_ns, e.pack, e.slot, e.stream));
+    }
+    return out;
   }
 
   // (offset, bytes) of each array of a layout: raw rows per region, then the arrays that describe
@@ -194,6 +229,10 @@ void bind_loader(py::module_& m) {
   py::class_<uml::HostDevice, uml::Device, std::shared_ptr<uml::HostDevice>>(m, "HostDevice")
       .def(py::init<>());
 
+  py::class_<uml::Job>(m, "Job")
+      .def_readonly("pack", &uml::Job::pack)
+      .def_readonly("slot", &uml::Job::slot);
+
   py::class_<BoundPlanner>(m, "Planner")
       .def(py::init([](std::vector<StreamArgs> streams, const std::vector<LayoutArgs>& layouts,
                        const std::string& policy, std::vector<int> first_side, double warmup_epochs,
@@ -213,21 +252,23 @@ void bind_loader(py::module_& m) {
            });
 
   py::class_<BoundLoader>(m, "Loader")
-      .def(
-          py::init([](std::vector<StreamArgs> streams, std::vector<SourceArgs> sources,
-                      const std::vector<LayoutArgs>& layouts, const std::string& policy,
-                      std::vector<int> first_side, double warmup_epochs, uint64_t seed, int rank,
-                      int world, std::shared_ptr<uml::Device> device, int slots, int threads) {
-            uml::PlannerSpec spec = planner_spec(streams, layouts, policy, std::move(first_side),
-                                                 warmup_epochs, seed, rank, world);
-            std::vector<uml::SourceSpec> specs = source_specs(streams, sources);
-            return std::unique_ptr<BoundLoader>(new BoundLoader{
-                std::move(streams), std::move(sources),
-                uml::Loader(std::move(spec), std::move(specs), std::move(device), slots, threads)});
-          }),
-          py::arg("streams"), py::arg("sources"), py::arg("layouts"), py::arg("policy"),
-          py::arg("first_side"), py::arg("warmup_epochs"), py::arg("seed"), py::arg("rank"),
-          py::arg("world"), py::arg("device"), py::arg("slots"), py::arg("threads"))
+      .def(py::init([](std::vector<StreamArgs> streams, std::vector<SourceArgs> sources,
+                       const std::vector<LayoutArgs>& layouts, const std::string& policy,
+                       std::vector<int> first_side, double warmup_epochs, uint64_t seed, int rank,
+                       int world, std::shared_ptr<uml::Device> device, int slots, int threads,
+                       int64_t job_bytes) {
+             uml::PlannerSpec spec = planner_spec(streams, layouts, policy, std::move(first_side),
+                                                  warmup_epochs, seed, rank, world);
+             std::vector<uml::SourceSpec> specs = source_specs(streams, sources);
+             return std::unique_ptr<BoundLoader>(
+                 new BoundLoader{std::move(streams), std::move(sources),
+                                 uml::Loader(std::move(spec), std::move(specs), std::move(device),
+                                             slots, threads, job_bytes)});
+           }),
+           py::arg("streams"), py::arg("sources"), py::arg("layouts"), py::arg("policy"),
+           py::arg("first_side"), py::arg("warmup_epochs"), py::arg("seed"), py::arg("rank"),
+           py::arg("world"), py::arg("device"), py::arg("slots"), py::arg("threads"),
+           py::arg("job_bytes"))
       .def(
           "acquire",
           [](BoundLoader& self, double wait_s, uintptr_t stream) {
@@ -245,6 +286,9 @@ void bind_loader(py::module_& m) {
       .def(
           "close", [](BoundLoader& self) { self.loader.close(); },
           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "drain", [](BoundLoader& self, double wait_s) { return self.loader.drain(wait_s); },
+          py::arg("wait_s"), py::call_guard<py::gil_scoped_release>())
       .def("load",
            [](BoundLoader& self, const Offsets& state, const std::vector<DealArgs>& args) {
              std::vector<uml::Deal> deals = deals_of(args);
@@ -260,12 +304,11 @@ void bind_loader(py::module_& m) {
              std::copy_n(state.begin(), std::min(state.size(), span_of(out).size()),
                          out.mutable_data());
            })
-      .def("take", &BoundLoader::take, py::arg("stream"), py::arg("wait_s"))
+      .def("take", &BoundLoader::take, py::arg("wait_s"))
       .def("finish",
-           [](BoundLoader& self, int slot, int region, uint64_t generation,
-              const std::vector<int64_t>& rejected) {
+           [](BoundLoader& self, const uml::Job& job, const std::vector<int64_t>& rejected) {
              py::gil_scoped_release nogil;
-             self.loader.finish({slot, region, generation, {}, {}, nullptr}, rejected);
+             self.loader.finish(job, rejected);
            })
       .def("fail",
            [](BoundLoader& self, const std::string& what) {
@@ -274,6 +317,9 @@ void bind_loader(py::module_& m) {
            })
       .def("ready", [](BoundLoader& self) { return self.loader.ready(); })
       .def("stage", [](BoundLoader& self) { return self.loader.stage(); })
+      .def("totals", &BoundLoader::totals)
+      .def("trace", [](BoundLoader& self, size_t capacity) { self.loader.trace(capacity); })
+      .def("events", &BoundLoader::events)
       .def("memory", &BoundLoader::memory)
       .def("device_address",
            [](BoundLoader& self, int slot) {

@@ -35,7 +35,7 @@ SlotMap make_slot_map(const LayoutRule& layout, std::span<const SourceSpec> sour
 }
 
 void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const SourceSpec> sources,
-              const PackPlan& plan, std::byte* slot) {
+              const PackPlan& plan, int region, std::byte* slot) {
   auto* offsets = reinterpret_cast<int32_t*>(slot + map.offsets.offset);
   auto* modality = reinterpret_cast<int32_t*>(slot + map.modality.offset);
   auto* label = reinterpret_cast<int32_t*>(slot + map.label.offset);
@@ -45,6 +45,10 @@ void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const Sour
 
   int64_t row = 0;
   int64_t s = 0;
+  for (int m = 0; m < region; ++m) {
+    row += layout.regions[m].rows;
+    s += layout.regions[m].slots;
+  }
   const auto add_segment = [&](int64_t rows, int32_t m, int32_t y, int64_t i) {
     offsets[s] = static_cast<int32_t>(row);
     modality[s] = m;
@@ -56,27 +60,24 @@ void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const Sour
     ++s;
   };
 
-  int64_t end_slot = 0;
-  for (size_t m = 0; m < layout.regions.size(); ++m) {
-    const RegionRule& r = layout.regions[m];
-    const SourceSpec& source = sources[r.stream];
-    const int64_t end_row = row + r.rows;
-    end_slot += r.slots;
-    std::byte* raw = slot + map.raw[m].offset;
-    for (const int64_t i : plan.regions[m].samples) {
-      const int64_t rows = source.offsets[i + 1] - source.offsets[i];
-      const size_t bytes = static_cast<size_t>(rows) * source.row_bytes;
-      if (source.rows) {
-        std::memcpy(raw, source.rows + static_cast<size_t>(source.offsets[i]) * source.row_bytes,
-                    bytes);
-      }
-      raw += bytes;
-      add_segment(rows, static_cast<int32_t>(m), source.labels[i], i);
+  const RegionRule& r = layout.regions[region];
+  const SourceSpec& source = sources[r.stream];
+  const int64_t end_row = row + r.rows;
+  const int64_t end_slot = s + r.slots;
+  std::byte* raw = slot + map.raw[region].offset;
+  for (const int64_t i : plan.regions[region].samples) {
+    const int64_t rows = source.offsets[i + 1] - source.offsets[i];
+    const size_t bytes = static_cast<size_t>(rows) * source.row_bytes;
+    if (source.rows) {
+      std::memcpy(raw, source.rows + static_cast<size_t>(source.offsets[i]) * source.row_bytes,
+                  bytes);
     }
-    std::memset(raw, 0, static_cast<size_t>(end_row - row) * source.row_bytes);
-    while (row < end_row) add_segment(std::min(r.max_len, end_row - row), kPadding, -1, -1);
-    while (s < end_slot) add_segment(0, kPadding, -1, -1);
+    raw += bytes;
+    add_segment(rows, region, source.labels[i], i);
   }
+  std::memset(raw, 0, static_cast<size_t>(end_row - row) * source.row_bytes);
+  while (row < end_row) add_segment(std::min(r.max_len, end_row - row), kPadding, -1, -1);
+  while (s < end_slot) add_segment(0, kPadding, -1, -1);
   offsets[s] = static_cast<int32_t>(row);
 }
 

@@ -34,10 +34,10 @@ struct SlotMap {
 
 SlotMap make_slot_map(const LayoutRule& layout, std::span<const SourceSpec> sources);
 
-// Writes the pack of `plan` to `slot`, every byte of every field but the rows of samples of sources
-// that are produced. Allocates nothing.
+// Writes one region of the pack of `plan` to `slot`: every byte of its part of every field, but the
+// rows of samples of a source that is produced. Regions are written in order; allocates nothing.
 void assemble(const LayoutRule& layout, const SlotMap& map, std::span<const SourceSpec> sources,
-              const PackPlan& plan, std::byte* slot);
+              const PackPlan& plan, int region, std::byte* slot);
 
 // Turns the sample at place `at` of region `region` into padding: zero rows, no label, no sample.
 void reject(const LayoutRule& layout, const SlotMap& map, std::span<const SourceSpec> sources,

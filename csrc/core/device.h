@@ -37,7 +37,6 @@ class Device {
   virtual void record(Event event, Stream stream) = 0;
   // Makes later work of `stream` wait for `event`; does not block the caller.
   virtual void wait(Event event, Stream stream) = 0;
-  virtual bool query(Event event) = 0;
   // Blocks the caller until `event` is reached.
   virtual void synchronize(Event event) = 0;
 
@@ -63,7 +62,6 @@ class HostDevice final : public Device {
   void free_event(Event) noexcept override {}
   void record(Event, Stream) override {}
   void wait(Event, Stream) override {}
-  bool query(Event) override { return true; }
   void synchronize(Event) override {}
   Stream copy_stream() override { return nullptr; }
   void upload(const Block&, size_t) override {}

@@ -6,35 +6,13 @@
 #include <utility>
 
 namespace uml {
-
-SlotMemory::SlotMemory(std::shared_ptr<Device> device, int slots, size_t bytes)
-    : device_(std::move(device)) {
-  try {
-    for (int i = 0; i < slots; ++i) {
-      blocks_.push_back(device_->allocate(bytes));
-      uploaded_.push_back(device_->make_event());
-      released_.push_back(device_->make_event());
-    }
-  } catch (...) {
-    clear();
-    throw;
-  }
-}
-
-void SlotMemory::clear() noexcept {
-  try {
-    for (Event event : uploaded_) device_->synchronize(event);
-    for (Event event : released_) device_->synchronize(event);
-  } catch (...) {  // a broken device has nothing in flight that could still read the memory
-  }
-  for (Event event : uploaded_) device_->free_event(event);
-  for (Event event : released_) device_->free_event(event);
-  for (const Block& block : blocks_) device_->free(block);
-}
-
 Loader::Loader(PlannerSpec spec, std::vector<SourceSpec> sources, std::shared_ptr<Device> device,
-               int slots, int threads)
-    : planner_(std::move(spec)), sources_(std::move(sources)), threads_(threads) {
+               int slots, int threads, int64_t job_bytes)
+    : planner_(std::move(spec)),
+      sources_(std::move(sources)),
+      threads_(threads),
+      job_bytes_(job_bytes),
+      timeline_(slots, static_cast<int>(sources_.size())) {
   const PlannerSpec& rules = planner_.spec();
   if (slots < 1 || threads < 1) throw std::invalid_argument("a loader needs a slot and a thread");
   if (sources_.size() != rules.streams.size()) {
@@ -57,7 +35,7 @@ Loader::Loader(PlannerSpec spec, std::vector<SourceSpec> sources, std::shared_pt
     slot.state.resize(planner_.state_size());
     for (const LayoutRule& layout : rules.layouts) {
       slot.plan.regions.resize(std::max(slot.plan.regions.size(), layout.regions.size()));
-      slot.work.resize(slot.plan.regions.size(), Work::kNone);
+      slot.work.resize(slot.plan.regions.size());
       for (size_t m = 0; m < layout.regions.size(); ++m) {
         Picks& picks = slot.plan.regions[m];
         picks.samples.reserve(static_cast<size_t>(layout.regions[m].slots));
@@ -91,15 +69,17 @@ void Loader::close() {
   stop();
 }
 
-void Loader::load(std::span<const int64_t> state, std::vector<Deal> deals) {
+bool Loader::drain(double wait_s) {
   stop();
   std::unique_lock lock(mutex_);
-  ++generation_;
-  changed_.wait(lock, [this] { return taken_ == 0; });
-  for (Slot& slot : slots_) {
-    slot.phase = Phase::kFree;
-    std::fill(slot.work.begin(), slot.work.end(), Work::kNone);
-  }
+  return changed_.wait_for(lock, std::chrono::duration<double>(wait_s),
+                           [this] { return taken_ == 0; });
+}
+
+void Loader::load(std::span<const int64_t> state, std::vector<Deal> deals) {
+  if (!drain(0)) throw std::runtime_error("producers still write to slots; drain the loader first");
+  std::lock_guard lock(mutex_);
+  for (int i = 0; i < static_cast<int>(slots_.size()); ++i) enter(i, Phase::kFree);
   claimed_ = acquired_ = 0;
   is_stopping_ = is_planning_ = false;
   error_ = nullptr;
@@ -113,34 +93,41 @@ void Loader::save(std::span<int64_t> state) const {
   planner_.save(state);
 }
 
-void Loader::enter(int slot, Phase phase) {
-  std::lock_guard lock(mutex_);
-  slots_[slot].phase = phase;
+void Loader::enter(int slot, Phase phase, int stream) {
+  timeline_.enter(slot, phase, static_cast<int64_t>(slots_[slot].pack), stream);
 }
 
 void Loader::make_pack(int index) {
   Slot& slot = slots_[index];
   Device& device = memory_->device();
   const Block& block = memory_->block(index);
-  enter(index, Phase::kDrain);
+  const auto move = [this, index](Phase phase) {
+    std::lock_guard lock(mutex_);
+    enter(index, phase);
+  };
+  move(Phase::kDrain);
   device.synchronize(memory_->uploaded(index));
   if (block.host == block.device) device.synchronize(memory_->released(index));
-  enter(index, Phase::kAssemble);
+  move(Phase::kAssemble);
   const SlotMap& map = maps_[slot.plan.layout];
   const LayoutRule& layout = planner_.spec().layouts[slot.plan.layout];
-  assemble(layout, map, sources_, slot.plan, block.host);
+  for (int m = 0; m < static_cast<int>(layout.regions.size()); ++m) {
+    const int64_t begin = now_ns();
+    assemble(layout, map, sources_, slot.plan, m, block.host);
+    std::lock_guard lock(mutex_);
+    timeline_.add_assemble(index, layout.regions[m].stream, begin);
+  }
   {
     std::lock_guard lock(mutex_);
     bool is_whole = true;
     for (size_t m = 0; m < layout.regions.size(); ++m) {
-      if (sources_[layout.regions[m].stream].rows || slot.plan.regions[m].samples.empty()) continue;
-      slot.work[m] = Work::kWaiting;
-      is_whole = false;
+      const bool is_produced = !sources_[layout.regions[m].stream].rows;
+      const auto count = static_cast<int64_t>(slot.plan.regions[m].samples.size());
+      slot.work[m] = {0, 0, is_produced ? count : 0};
+      is_whole = is_whole && slot.work[m].left == 0;
     }
-    if (!is_whole) {
-      slot.phase = Phase::kProduce;
-      return;
-    }
+    enter(index, is_whole ? Phase::kUpload : Phase::kProduce);
+    if (!is_whole) return;
   }
   send(index);
 }
@@ -149,10 +136,10 @@ void Loader::send(int index) {
   Device& device = memory_->device();
   const Block& block = memory_->block(index);
   const SlotMap& map = maps_[slots_[index].plan.layout];
-  enter(index, Phase::kUpload);
   device.wait(memory_->released(index), device.copy_stream());
   device.upload(block, map.bytes);
   device.record(memory_->uploaded(index), device.copy_stream());
+  std::lock_guard lock(mutex_);
   enter(index, Phase::kReady);
 }
 
@@ -162,11 +149,13 @@ void Loader::work() {
       std::unique_lock lock(mutex_);
       changed_.wait(lock, [this] {
         return is_stopping_ ||
-               (!is_planning_ && slots_[claimed_ % slots_.size()].phase == Phase::kFree);
+               (!is_planning_ &&
+                timeline_.phase(static_cast<int>(claimed_ % slots_.size())) == Phase::kFree);
       });
       if (is_stopping_) return;
-      const int slot = static_cast<int>(claimed_++ % slots_.size());
-      slots_[slot].phase = Phase::kPlan;
+      const int slot = static_cast<int>(claimed_ % slots_.size());
+      slots_[slot].pack = claimed_++;
+      enter(slot, Phase::kPlan);
       is_planning_ = true;
       lock.unlock();
       planner_.next(slots_[slot].plan);
@@ -196,36 +185,54 @@ void Loader::fail(const std::string& what) {
   set_error(std::make_exception_ptr(std::runtime_error(what)));
 }
 
-std::optional<Job> Loader::take(int stream, double wait_s) {
+bool Loader::cut_job(int index, Job& job) {
+  Slot& slot = slots_[index];
+  if (timeline_.phase(index) != Phase::kProduce) return false;
+  const auto& regions = planner_.spec().layouts[slot.plan.layout].regions;
+  for (size_t m = 0; m < regions.size(); ++m) {
+    Work& work = slot.work[m];
+    const Picks& picks = slot.plan.regions[m];
+    const auto count = static_cast<int64_t>(picks.samples.size());
+    if (work.left == 0 || work.next == count) continue;
+    const SourceSpec& source = sources_[regions[m].stream];
+    const auto row_bytes = static_cast<int64_t>(source.row_bytes);
+    int64_t rows = 0;
+    int64_t end = work.next;
+    while (end < count && rows * row_bytes < job_bytes_) {
+      const int64_t i = picks.samples[end++];
+      rows += source.offsets[i + 1] - source.offsets[i];
+    }
+    const auto part = static_cast<size_t>(end - work.next);
+    const size_t at = maps_[slot.plan.layout].raw[m].offset +
+                      static_cast<size_t>(work.next_row) * source.row_bytes;
+    job = {static_cast<int64_t>(slot.pack),
+           index,
+           static_cast<int>(m),
+           regions[m].stream,
+           work.next,
+           std::span(picks.samples).subspan(work.next, part),
+           std::span(picks.epochs).subspan(work.next, part),
+           memory_->block(index).host + at,
+           static_cast<size_t>(rows) * source.row_bytes};
+    work.next = end;
+    work.next_row += rows;
+    return true;
+  }
+  return false;
+}
+
+std::optional<Job> Loader::take(double wait_s) {
   std::unique_lock lock(mutex_);
   Job job;
-  const auto find = [&] {
-    for (uint64_t i = acquired_; i < claimed_ && !is_stopping_; ++i) {
-      job.slot = static_cast<int>(i % slots_.size());
-      const Slot& slot = slots_[job.slot];
-      if (slot.phase != Phase::kProduce) continue;
-      const auto& regions = planner_.spec().layouts[slot.plan.layout].regions;
-      for (size_t m = 0; m < regions.size(); ++m) {
-        if (regions[m].stream != stream || slot.work[m] != Work::kWaiting) continue;
-        job.region = static_cast<int>(m);
-        return true;
-      }
-    }
-    return false;
-  };
   bool is_found = false;
   changed_.wait_for(lock, std::chrono::duration<double>(wait_s), [&] {
-    is_found = find();
-    return is_found || is_closed_ || error_;
+    for (uint64_t i = acquired_; i < claimed_ && !is_stopping_ && !is_found; ++i) {
+      is_found = cut_job(static_cast<int>(i % slots_.size()), job);
+    }
+    return is_found || is_closed_;
   });
   if (!is_found) return std::nullopt;
-  Slot& slot = slots_[job.slot];
-  slot.work[job.region] = Work::kTaken;
   ++taken_;
-  job.generation = generation_;
-  job.samples = slot.plan.regions[job.region].samples;
-  job.epochs = slot.plan.regions[job.region].epochs;
-  job.rows = memory_->block(job.slot).host + maps_[slot.plan.layout].raw[job.region].offset;
   return job;
 }
 
@@ -234,16 +241,14 @@ void Loader::finish(const Job& job, std::span<const int64_t> rejected) {
   bool is_whole = false;
   {
     std::lock_guard lock(mutex_);
-    if (job.generation == generation_ && !is_stopping_) {
-      const LayoutRule& layout = planner_.spec().layouts[slot.plan.layout];
+    if (!is_stopping_) {
       for (const int64_t at : rejected) {
-        reject(layout, maps_[slot.plan.layout], sources_, slot.plan, job.region, at,
-               memory_->block(job.slot).host);
+        reject(planner_.spec().layouts[slot.plan.layout], maps_[slot.plan.layout], sources_,
+               slot.plan, job.region, job.first + at, memory_->block(job.slot).host);
       }
-      slot.work[job.region] = Work::kNone;
-      is_whole = std::all_of(slot.work.begin(), slot.work.end(),
-                             [](Work work) { return work == Work::kNone; });
-      if (is_whole) slot.phase = Phase::kUpload;
+      slot.work[job.region].left -= static_cast<int64_t>(job.samples.size());
+      is_whole = late_stream(job.slot) < 0;
+      if (is_whole) enter(job.slot, Phase::kUpload, job.stream);
     }
   }
   if (is_whole) {
@@ -260,21 +265,35 @@ void Loader::finish(const Job& job, std::span<const int64_t> rejected) {
   changed_.notify_all();
 }
 
+int Loader::late_stream(int index) const {
+  const Slot& slot = slots_[index];
+  const auto& regions = planner_.spec().layouts[slot.plan.layout].regions;
+  for (size_t m = 0; m < regions.size(); ++m) {
+    if (slot.work[m].left > 0) return regions[m].stream;
+  }
+  return -1;
+}
+
 std::optional<int> Loader::acquire(double wait_s, Stream stream) {
   std::unique_lock lock(mutex_);
   if (is_closed_) throw std::runtime_error("the loader is closed");
   if (!error_) start();
   const int slot = static_cast<int>(acquired_ % slots_.size());
-  const bool is_there = changed_.wait_for(
-      lock, std::chrono::duration<double>(wait_s),
-      [this, slot] { return error_ || is_closed_ || slots_[slot].phase == Phase::kReady; });
+  const auto is_there = [this, slot] { return timeline_.phase(slot) == Phase::kReady; };
+  if (!is_there()) {
+    timeline_.start_wait(slot);
+    changed_.wait_for(lock, std::chrono::duration<double>(wait_s),
+                      [&] { return error_ || is_closed_ || is_there(); });
+    timeline_.stop_wait(timeline_.phase(slot) == Phase::kProduce ? late_stream(slot) : -1);
+  }
   if (error_) std::rethrow_exception(error_);
   if (is_closed_) throw std::runtime_error("the loader was closed while a pack was awaited");
-  if (!is_there) return std::nullopt;
-  slots_[slot].phase = Phase::kHeld;
-  ++acquired_;
+  if (!is_there()) return std::nullopt;
   lock.unlock();
-  memory_->device().wait(memory_->uploaded(slot), stream);
+  memory_->device().wait(memory_->uploaded(slot), stream);  // if it throws, the pack is not lost
+  lock.lock();
+  enter(slot, Phase::kHeld);
+  ++acquired_;
   return slot;
 }
 
@@ -285,25 +304,44 @@ void Loader::release(int slot, Stream stream) {
   memory_->device().record(memory_->released(slot), stream);
   {
     std::lock_guard lock(mutex_);
-    if (slots_[slot].phase != Phase::kHeld) {
+    if (timeline_.phase(slot) != Phase::kHeld) {
       throw std::invalid_argument("the slot is not held, so it cannot be released");
     }
-    slots_[slot].phase = Phase::kFree;
+    enter(slot, Phase::kFree);
   }
   changed_.notify_all();
 }
 
 int Loader::ready() const {
   std::lock_guard lock(mutex_);
-  return static_cast<int>(std::count_if(
-      slots_.begin(), slots_.end(), [](const Slot& slot) { return slot.phase == Phase::kReady; }));
+  int count = 0;
+  for (int i = 0; i < static_cast<int>(slots_.size()); ++i) {
+    count += timeline_.phase(i) == Phase::kReady;
+  }
+  return count;
+}
+
+Totals Loader::totals() const {
+  std::lock_guard lock(mutex_);
+  return timeline_.totals();
+}
+
+void Loader::trace(size_t capacity) {
+  std::lock_guard lock(mutex_);
+  timeline_.trace(capacity);
+}
+
+std::vector<TraceEvent> Loader::events() const {
+  std::lock_guard lock(mutex_);
+  return timeline_.events();
 }
 
 std::string Loader::stage() const {
   std::lock_guard lock(mutex_);
-  const size_t slot = acquired_ % slots_.size();
-  const std::string where = " (slot " + std::to_string(slot) + ")";
-  switch (slots_[slot].phase) {
+  const int slot = static_cast<int>(acquired_ % slots_.size());
+  const std::string where =
+      " (pack " + std::to_string(acquired_) + ", slot " + std::to_string(slot) + ")";
+  switch (timeline_.phase(slot)) {
     case Phase::kFree:
       return "wait for a worker" + where;
     case Phase::kPlan:
@@ -313,14 +351,15 @@ std::string Loader::stage() const {
     case Phase::kAssemble:
       return "assemble" + where;
     case Phase::kProduce: {
+      const int stream = late_stream(slot);
       const auto& regions = planner_.spec().layouts[slots_[slot].plan.layout].regions;
       for (size_t m = 0; m < regions.size(); ++m) {
-        const Work work = slots_[slot].work[m];
-        if (work == Work::kNone) continue;
-        return (work == Work::kTaken ? "decode stream " : "wait for a producer of stream ") +
-               std::to_string(regions[m].stream) + where;
+        const Work& work = slots_[slot].work[m];
+        const auto count = static_cast<int64_t>(slots_[slot].plan.regions[m].samples.size());
+        if (work.left > count - work.next)
+          return "read stream " + std::to_string(regions[m].stream) + where;
       }
-      return "decode" + where;
+      return "wait for a reader of stream " + std::to_string(stream) + where;
     }
     case Phase::kUpload:
       return "upload" + where;

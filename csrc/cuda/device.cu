@@ -95,17 +95,6 @@ void CudaDevice::wait(Event event, Stream stream) {
   check(cudaStreamWaitEvent(stream_of(stream), event_of(event), 0), "wait for an event");
 }
 
-bool CudaDevice::query(Event event) {
-  const Selected selected(index_);
-  const cudaError_t status = cudaEventQuery(event_of(event));
-  if (status == cudaErrorNotReady) {
-    cudaGetLastError();
-    return false;
-  }
-  check(status, "query an event");
-  return true;
-}
-
 void CudaDevice::synchronize(Event event) {
   const Selected selected(index_);
   check(cudaEventSynchronize(event_of(event)), "synchronise with an event");

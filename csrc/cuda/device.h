@@ -19,7 +19,6 @@ class CudaDevice final : public Device {
   void free_event(Event event) noexcept override;
   void record(Event event, Stream stream) override;
   void wait(Event event, Stream stream) override;
-  bool query(Event event) override;
   void synchronize(Event event) override;
   Stream copy_stream() override { return copy_stream_; }
   void upload(const Block& block, size_t bytes) override;

@@ -113,11 +113,6 @@ class FakeDevice final : public Device {
     const int64_t count = recorded(e);
     static_cast<FakeStream*>(stream)->push([e, count] { e->wait_for(count); });
   }
-  bool query(Event event) override {
-    auto* e = static_cast<FakeEvent*>(event);
-    std::lock_guard lock(e->mutex);
-    return e->reached == e->recorded;
-  }
   void synchronize(Event event) override {
     auto* e = static_cast<FakeEvent*>(event);
     e->wait_for(recorded(e));
@@ -264,7 +259,7 @@ void a_stalled_worker_is_named_and_a_failed_one_reported() {
   device->must_hang = true;
   const auto loader = data.loader(device, 2, 1);
   CHECK(!loader->acquire(0.05, &stream).has_value());
-  CHECK(loader->stage() == "upload (slot 0)");
+  CHECK(loader->stage() == "upload (pack 0, slot 0)");
   device->must_fail = true;
   device->must_hang = false;
   std::string message;
@@ -287,7 +282,7 @@ void a_restored_loader_continues() {
     if (k > 20) later.push_back(loader->plan(slot).regions);
     loader->release(slot, nullptr);
   }
-  loader->load(state);
+  loader->load(state, {});
   for (const auto& picks : later) {
     const int slot = loader->acquire(10.0, nullptr).value();
     CHECK(loader->plan(slot).regions == picks);

@@ -17,6 +17,7 @@ import torch
 from uml_fast import native
 from uml_fast.config import MixConfig, require
 from uml_fast.data.packs import NativePacks, Packs, ReferencePacks, assemble, planner_args
+from uml_fast.data.produce import reader_count
 from uml_fast.data.source import Samples
 from uml_fast.layout import Stream, make_layouts, make_rules
 from uml_fast.pack import Layout, PackedBatch
@@ -28,6 +29,11 @@ from uml_fast.schedule import (
     check_ranks,
     sequential_plan,
 )
+from uml_fast.trace import Trace
+
+_SLOT_BYTES = 256 << 20
+"""Memory for the packs of a loader, on the host and again on a device of its own."""
+_MOST_SLOTS = 16
 
 
 def streams_of(
@@ -56,6 +62,18 @@ def layouts_of(
 ) -> tuple[Layout, ...]:
     """The layouts of a run over these sources (``schedule.make_layouts``)."""  # fmt: skip
     return make_layouts(streams_of(sources, shares, target), mix)
+
+
+def look_ahead(layouts: Sequence[Layout]) -> int:
+    """Slots of a loader: as many of the largest pack as the memory for them holds, 2 to 16.
+
+    Measured in docs/design.md: slots beyond those that jitter needs cost nothing but memory.
+    """
+    largest = max(
+        sum(r.rows * r.row_elems * np.dtype(r.dtype).itemsize for r in layout.regions)
+        for layout in layouts
+    )
+    return int(np.clip(_SLOT_BYTES // largest, 2, _MOST_SLOTS))
 
 
 def iterate_once(
@@ -87,11 +105,13 @@ class Loader:
         shares: part of each modality in the token mix; 1 where not given.
         target: the target modality, which policy ``warmup`` needs to know; None: the first source.
         device: where the batches are.
-        slots: packs that can exist at a time, the one in use among them.
+        slots: packs that can exist at a time, the one in use among them; None: ``look_ahead``.
         threads: native threads that make packs.
+        readers: threads that read sources which are not in memory; None: one for each core.
         rank: takes every ``world``-th sample of the common order.
         world: number of ranks.
         timeout_s: seconds after which a pack that does not come is an error.
+        trace: takes the events of the packs.
 
     Raises:
         ConfigError: a sample does not fit its region, or a modality has fewer samples than ranks.
@@ -108,14 +128,21 @@ class Loader:
         shares: Mapping[str, float] | None = None,
         target: str | None = None,
         device: str | torch.device = "cpu",
-        slots: int = 4,
+        slots: int | None = None,
         threads: int = 1,
+        readers: int | None = None,
         rank: int = 0,
         world: int = 1,
         timeout_s: float = 60.0,
+        trace: Trace | None = None,
     ) -> None:
         require(0 <= seed < 1 << 63, f"seed is {seed}; it must be in 0..2**63 - 1")
-        require(slots >= 1 and threads >= 1, "a loader needs at least one slot and one thread")
+        slots = look_ahead(layouts) if slots is None else slots
+        readers = reader_count() if readers is None else readers
+        require(
+            min(slots, threads, readers) >= 1,
+            "a loader needs at least one slot, one thread and one reader",
+        )
         self._streams = streams_of(sources, shares, target)
         self._seed, self._rank, self._world = seed, rank, world
         self._dealt = [-1] * len(self._streams)
@@ -132,7 +159,7 @@ class Loader:
         else:
             args = planner_args(self._streams, rules, seed, rank, world)
             self._packs = NativePacks(
-                extension, args, sources, layouts, where, slots, threads, timeout_s
+                extension, args, sources, layouts, where, slots, threads, readers, timeout_s, trace
             )
         self._layouts = layouts
         self._finalizer = weakref.finalize(self, self._packs.close)
@@ -199,6 +226,7 @@ class Loader:
         ``stall_s`` seconds the consumer waited, ``packs`` handed out, ``occupancy`` mean part of
         the slots that was ready when one was asked for, ``fill`` rows of samples per row; and since
         the start of the run, resumed parts included, ``samples/<name>`` and ``tokens/<name>``.
+        The loader's ``packs.Times`` are there as ``<group>_s/<name>``.
         """
         out = {
             "stall_s": self._stall_s,
@@ -208,6 +236,8 @@ class Loader:
         }
         for s, row in zip(self._streams, self._streams_state().tolist(), strict=True):
             out[f"samples/{s.name}"], out[f"tokens/{s.name}"] = float(row[6]), float(row[7])
+        for group, seconds in self._packs.times().items():
+            out |= {f"{group}_s/{name}": s for name, s in seconds.items()}
         return out
 
     def close(self) -> None:

@@ -6,9 +6,10 @@ its slot, made once per slot and layout.
 
 from __future__ import annotations
 
+import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -22,9 +23,21 @@ from uml_fast.data.source import Samples, Source
 from uml_fast.layout import Rules, Stream
 from uml_fast.pack import PADDING, Layout, PackedBatch, pack_samples
 from uml_fast.schedule import STATE_HEADER, STREAM_STATE, Deal, Planner, stream_key
+from uml_fast.trace import CAPACITY, Event, Trace
+
+logger = logging.getLogger("uml_fast")
 
 _POLL_S = 0.2
 """Seconds between looks at Ctrl-C while a pack is awaited."""
+_WARN_S = 10.0
+"""Seconds without a pack after which the log says what the loader waits for."""
+_JOB_BYTES = 1 << 18
+"""Bytes of rows that a reader reads in one go, so that a pack keeps several readers busy."""
+
+Times = dict[str, dict[str, float]]
+"""Seconds since the start. ``stage``: of all slots by what happened to them; ``stall``: of the
+consumer by what it waited for, a modality or a stage; ``read``, ``decode`` and ``assemble``: of
+threads by modality."""
 
 
 def planner_args(
@@ -106,6 +119,7 @@ class Packs(Protocol):
     def release(self) -> None: ...
     def load(self, state: np.ndarray, deals: Sequence[Deal]) -> None: ...
     def ready(self) -> int: ...
+    def times(self) -> Times: ...
     def close(self) -> None: ...
 
 
@@ -140,8 +154,25 @@ class ReferencePacks:
     def ready(self) -> int:
         return 0
 
+    def times(self) -> Times:
+        """Not measured: nothing is made ahead."""
+        return {}
+
     def close(self) -> None:
         """Nothing to stop."""
+
+
+_STAGES = {
+    "free": "free",
+    "plan": "plan",
+    "drain": "wait for the device",
+    "assemble": "assemble",
+    "read": "read",
+    "upload": "upload",
+    "ready": "ready",
+    "held": "in use",
+}
+"""The native loader's phases of a slot as a person reads them."""
 
 
 class _DeviceBytes:
@@ -170,9 +201,12 @@ class NativePacks:
         device: torch.device,
         slots: int,
         threads: int,
+        readers: int,
         timeout_s: float,
+        trace: Trace | None,
     ) -> None:
         self._layouts, self._device, self._timeout_s = layouts, device, timeout_s
+        self._sources, self._readers, self._trace = sources, readers, trace
         self._names = [s.name for s in sources]
         cuda = native.cuda_module() if device.type == "cuda" else None
         self._is_direct = cuda is not None or device.type == "cpu"
@@ -183,9 +217,13 @@ class NativePacks:
             device=extension.HostDevice() if cuda is None else cuda.CudaDevice(index),
             slots=slots,
             threads=threads,
+            job_bytes=_JOB_BYTES,
         )
-        is_read = any(not isinstance(s, Source) for s in sources)
-        self._producers = Producers(self._loader, sources, threads) if is_read else None
+        self._is_read = any(not isinstance(s, Source) for s in sources)
+        self._producers: Producers | None = None
+        if trace is not None:
+            self._loader.trace(CAPACITY)
+            trace.add_recorder(self._events)
         self._on_cuda = cuda is not None
         self._batches: dict[tuple[int, int], PackedBatch] = {}
         self._held: int | None = None
@@ -204,21 +242,35 @@ class NativePacks:
         return batch if self._is_direct else batch.to(self._device, non_blocking=False), layout
 
     def _acquire(self) -> int:
-        deadline = time.monotonic() + self._timeout_s
+        if self._is_read and self._producers is None:
+            self._producers = Producers(self._loader, self._sources, self._readers, self._trace)
         try:
-            while (slot := self._loader.acquire(_POLL_S, self._stream())) is None:
-                if time.monotonic() > deadline:
-                    stage = re.sub(
-                        r"stream (\d+)", lambda m: self._names[int(m[1])], self._loader.stage()
-                    )
-                    raise TimeoutError(
-                        f"no pack for {self._timeout_s:g} s; the loader hangs in: {stage}"
-                    )
+            slot = self._await(
+                "no pack", lambda: self._loader.acquire(_POLL_S, self._stream()), self._stage
+            )
         except RuntimeError:
             if self._producers and self._producers.error:
                 raise self._producers.error from None
             raise
         return int(slot)
+
+    def _stage(self) -> str:
+        words = re.sub(r"stream (\d+)", lambda m: self._names[int(m[1])], self._loader.stage())
+        readers = f"\n{self._producers}" if self._producers else ""
+        return f"the loader hangs in: {words}{readers}"
+
+    def _await(self, what: str, ask: Callable[[], Any], why: Callable[[], str]) -> Any:
+        """What ``ask`` gives once it is not None; a long wait is said with its reason."""
+        start = time.monotonic()
+        is_said = False
+        while (answer := ask()) is None:
+            waited = time.monotonic() - start
+            if waited > self._timeout_s:
+                raise TimeoutError(f"{what} for {self._timeout_s:g} s; {why()}")
+            if waited > _WARN_S and not is_said:
+                logger.warning("%s for %.0f s; %s", what, waited, why())
+                is_said = True
+        return answer
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream if self._on_cuda else 0
@@ -256,11 +308,42 @@ class NativePacks:
 
     def load(self, state: np.ndarray, deals: Sequence[Deal]) -> None:
         self._held = None
+        self._await(
+            "a read under way did not end",
+            lambda: True if self._loader.drain(_POLL_S) else None,
+            lambda: f"the state can only be loaded after it:\n{self._producers}",
+        )
         self._loader.load(state, [(d.through, d.epochs, d.samples) for d in deals])
+        if self._producers:
+            self._producers.error = None
         self.state = state
 
     def ready(self) -> int:
         return self._loader.ready()
+
+    def times(self) -> Times:
+        totals = self._loader.totals()
+        stall = {k: v for k, v in totals["stall"].items() if k != "read"}
+        spent = self._producers.spent_s() if self._producers else {}
+        return {
+            "stage": {_STAGES[k]: v for k, v in totals["phase"].items()},
+            "stall": {_STAGES[k]: v for k, v in stall.items()}
+            | dict(zip(self._names, totals["produce_stall"], strict=True)),
+            "read": {name: s for (name, stage), s in spent.items() if stage == "read"},
+            "decode": {name: s for (name, stage), s in spent.items() if stage == "decode"},
+            "assemble": dict(zip(self._names, totals["assemble"], strict=True)),
+        }
+
+    def _events(self) -> list[Event]:
+        """The native loader's part of the trace."""
+        out = []
+        for phase, begin, end, pack, slot, stream in self._loader.events():
+            place = {"pack": pack, "slot": slot}
+            if stream >= 0:
+                out.append(Event(self._names[stream], phase, phase, begin, end, place))
+                continue
+            out.append(Event("packs", f"slot {slot}", _STAGES[phase], begin, end, place))
+        return out
 
     def close(self) -> None:
         self._loader.close()

@@ -1,89 +1,113 @@
 """Threads that read the samples of sources which are not in memory, ahead of the step.
 
-Each such source has lead threads of its own, which take its jobs (the rows of one region of one
-pack) from the native loader; a pool shared by all of them reads the job's samples in parts, each
-straight into the slot. Reading libraries release the interpreter lock while they work.
+They are shared by all such sources. Each takes a part of the oldest pack that is not complete from
+the native loader and reads its samples straight into the slot. Reading libraries release the
+interpreter lock while they work.
 """
 
 from __future__ import annotations
 
-import itertools
+import logging
+import os
 import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-import numpy as np
+from uml_fast.data.reading import Reading, my_reading
+from uml_fast.data.source import Samples
+from uml_fast.trace import Trace
 
-from uml_fast.data.source import Samples, Source
+logger = logging.getLogger("uml_fast")
 
 _POLL_S = 0.1
 """Seconds between looks at the end of the loader."""
-_LEADS = 2
-"""Jobs of a source that are read at a time, so that the pool has work while one ends."""
-_PART_BYTES = 1 << 18
-"""Bytes of rows that a pool thread reads in one go."""
+_CLOSE_S = 5.0
+"""Seconds that a read under way has to end when the loader closes; then its thread is left."""
+_MOST_READERS = 16
+"""Above this, threads wait for the interpreter lock rather than for data."""
+
+
+def reader_count() -> int:
+    """Readers where none are asked for: one for each core that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(cores, _MOST_READERS)
 
 
 class Producers:
-    """Feeds a native loader from sources without rows.
+    """Feeds a native loader from sources without rows. Threads start with the object.
 
     Args:
         loader: the extension's loader.
-        sources: all sources of the loader; those in memory are left alone.
-        workers: threads of the pool.
+        sources: all sources of the loader, in the order of its streams.
+        readers: number of threads.
+        trace: takes an event for each part that was read.
     """
 
-    def __init__(self, loader: Any, sources: Sequence[Samples], workers: int) -> None:
-        self._loader = loader
+    def __init__(
+        self, loader: Any, sources: Sequence[Samples], readers: int, trace: Trace | None = None
+    ) -> None:
+        self._loader, self._sources, self._trace = loader, sources, trace
         self._closed = threading.Event()
-        self._pool = ThreadPoolExecutor(workers, "uml-read")
         self.error: BaseException | None = None
         """What stopped a source; the loader then fails too."""
+        self._readings: dict[str, Reading] = {}
         self._threads = [
-            threading.Thread(
-                target=self._lead, args=(i, source), name=f"uml-{source.name}", daemon=True
-            )
-            for i, source in enumerate(sources)
-            if not isinstance(source, Source)
-            for _ in range(_LEADS)
+            threading.Thread(target=self._work, name=f"uml-read-{i}", daemon=True)
+            for i in range(readers)
         ]
         for thread in self._threads:
             thread.start()
 
-    def _lead(self, stream: int, source: Samples) -> None:
+    def _work(self) -> None:
+        reading = self._readings[threading.current_thread().name] = my_reading()
         while not self._closed.is_set():
-            job = self._loader.take(stream, _POLL_S)
-            if job is None:
+            taken = self._loader.take(_POLL_S)
+            if taken is None:
                 continue
-            slot, region, generation, samples, epochs, region_bytes = job
-            rows = region_bytes.view(source.row_dtype).reshape(-1, source.row_elems)
+            job, stream, samples, epochs, row_bytes = taken
+            source = self._sources[stream]
             rejected: list[int] = []
+            reading.begin(source, samples)
             try:
-                rejected = self._read(source, samples, epochs, rows)
-            except BaseException as error:
+                rows = row_bytes.view(source.row_dtype).reshape(-1, source.row_elems)
+                rejected = source.read(samples, rows, epochs)
+            except BaseException as error:  # whatever it is, the consumer must hear of it
                 self.error = self.error or error
                 self._loader.fail(f"{source.name}: {error}")
             finally:
-                self._loader.finish(slot, region, generation, rejected)
+                begin, spent = reading.end()
+                self._loader.finish(job, rejected)
+            if self._trace is not None:
+                for stage, ns in spent.items():
+                    if ns:
+                        self._trace.add(
+                            source.name, stage, stage, begin, begin + ns,
+                            pack=job.pack, slot=job.slot, samples=len(samples),
+                        )  # fmt: skip
+                        begin += ns
 
-    def _read(
-        self, source: Samples, samples: np.ndarray, epochs: np.ndarray, rows: np.ndarray
-    ) -> list[int]:
-        first = np.concatenate([[0], np.cumsum(source.lengths_of(samples))])
-        step = max(1, _PART_BYTES // (rows.itemsize * source.row_elems))
-        cuts = np.unique(np.searchsorted(first, np.arange(0, first[-1], step), "right") - 1)
-        bounds = [*cuts.tolist(), len(samples)]
-        parts = [
-            self._pool.submit(source.read, samples[a:b], rows[first[a] : first[b]], epochs[a:b])
-            for a, b in itertools.pairwise(bounds)
-        ]
-        wait(parts)  # also where one fails: nothing may write to the slot after the job's end
-        return [a + i for a, part in zip(bounds, parts, strict=False) for i in part.result()]
+    def spent_s(self) -> dict[tuple[str, str], float]:
+        """Seconds of thread time per modality and stage (read, decode)."""
+        out: dict[tuple[str, str], float] = {}
+        for reading in list(self._readings.values()):
+            for key, ns in list(reading.spent_ns.items()):
+                out[key] = out.get(key, 0.0) + ns * 1e-9
+        return out
+
+    def __str__(self) -> str:
+        """What each reader has in hand, a line each."""
+        found = [(name, str(reading)) for name, reading in list(self._readings.items())]
+        lines = [f"  reader {name} has {what}" for name, what in found if what]
+        alive = sum(t.is_alive() for t in self._threads)
+        return "\n".join(lines) or f"  {alive} of {len(self._threads)} readers are alive, all idle"
 
     def close(self) -> None:
-        """Stop the threads; jobs under way are finished first."""
+        """Stop the threads. Reads under way have a few seconds; a thread that hangs is named."""
         self._closed.set()
+        deadline = time.monotonic() + _CLOSE_S
         for thread in self._threads:
-            thread.join()
-        self._pool.shutdown()
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(t.is_alive() for t in self._threads):
+            logger.warning("reads that do not end are left behind:\n%s", self)

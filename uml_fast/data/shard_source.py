@@ -9,6 +9,7 @@ import numpy as np
 from uml_fast.data.augment.draws import Draws, visit_keys
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Decode, DecodeError
+from uml_fast.data.reading import my_reading
 from uml_fast.data.rows import Rows
 from uml_fast.data.shards import ShardSet
 from uml_fast.data.source import DataError
@@ -123,11 +124,14 @@ class ShardSource:
         """The array of each sample, or why there is none."""
         payloads = []
         missing: list[tuple[int, DataError]] = []
+        reading = my_reading()
         for place, i in enumerate(samples):
+            reading.enter("read", place)
             try:
                 payloads.append(self._shards.payload(int(self._place[i])))
             except DataError as e:
                 missing.append((place, e))
+        reading.enter("decode", 0)
         arrays: list[np.ndarray | DecodeError | DataError] = [*self._decode(payloads)]
         for place, error in missing:
             arrays.insert(place, error)

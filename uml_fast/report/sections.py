@@ -193,14 +193,7 @@ def throughput(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]])
     )  # fmt: skip
     if not tiles:
         return ""
-    stages = (summary["throughput"] or {}).get("stages") or {}
-    bars = "".join(
-        f'<div class="bar"><span>{escape(name)}</span>'
-        f'<div><i style="width: {max(0.0, min(100.0, pct)):.1f}%"></i></div>'
-        f'<span class="number">{pct:.0f} %</span></div>'
-        for name, pct in stages.items()
-    )
-    occupancy = f'<h3>Stage occupancy</h3><div class="card">{bars}</div>' if bars else ""
+    loading = _stages(summary["throughput"]) + _loading(summary["throughput"])
     figures = _curve_figures(
         records,
         [
@@ -209,9 +202,49 @@ def throughput(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]])
         ],
     )
     return (
-        f'<h2>Throughput</h2><div class="card tiles">{tiles}</div>{occupancy}'
+        f'<h2>Throughput</h2><div class="card tiles">{tiles}</div>{loading}'
         f'<div class="charts" style="margin-top: 1rem">{figures}</div>'
     )
+
+
+def _stages(rates: Mapping[str, Any]) -> str:
+    """What the slots of the loader were in."""
+    bars = "".join(
+        f'<div class="bar"><span>{escape(name)}</span>'
+        f'<div><i style="width: {max(0.0, min(100.0, pct)):.1f}%"></i></div>'
+        f'<span class="number">{pct:.0f} %</span></div>'
+        for name, pct in (rates.get("stages") or {}).items()
+    )
+    if not bars:
+        return ""
+    note = (
+        "What the packs in memory were in, in % of their time. Mostly <i>ready</i>: loading keeps "
+        "ahead of training. Mostly <i>read</i>: training waits for files."
+    )
+    return f'<h3>Stage occupancy</h3><div class="card">{bars}<p class="note">{note}</p></div>'
+
+
+def _loading(rates: Mapping[str, Any]) -> str:
+    """Milliseconds a pack by modality (or stage), and what training waited for."""
+    columns = {k: rates.get(f"{k}_ms") or {} for k in ("read", "decode", "assemble", "stall")}
+    shown = {k: v for k, v in columns.items() if v}
+    names = list(dict.fromkeys(name for v in shown.values() for name in v))
+    if not names:
+        return ""
+    titles = {"assemble": "copied from memory", "stall": "training waited"}
+    head = "".join(f'<th class="number">{titles.get(k, k)}</th>' for k in shown)
+    body = []
+    for name in names:
+        cells = "".join(
+            f'<td class="number">{f"{v[name]:.2f}" if name in v else ""}</td>'
+            for v in shown.values()
+        )
+        body.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
+    table = _table(f"<tr><th></th>{head}</tr>", body)
+    slowest = max(shown.get("stall") or {"": 0.0}, key=lambda k: shown.get("stall", {}).get(k, 0.0))
+    note = "Milliseconds a pack: time of all threads, and what the wait was for."
+    most = f" Training waited longest for {escape(slowest)}." if slowest else ""
+    return f'<h3>Loading</h3>{table}<p class="note">{note}{most}</p>'
 
 
 def sample_cards(samples: Sequence[Mapping[str, Any]], path: Path) -> str:
