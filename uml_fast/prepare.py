@@ -252,14 +252,20 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(argv)
     made = build(config.job())
     splits = ", ".join(f"{name} {s['samples']:,}" for name, s in made["splits"].items())
-    print(f"{config.out}: {splits}; {len(made['class_names'])} classes")
+    classes = len(made["class_names"])
+    print(f"{config.out}: {splits}; {classes} class{'' if classes == 1 else 'es'}")
+    if classes < 2:
+        print("training to tell classes apart takes two or more: a folder each, or a column label")
     for name in made["empty_classes"]:
         print(f"class {name!r} has no sample")
     for name, split in made["splits"].items():
         lacking = [c for c, n in split["classes"].items() if n == 0]
         lacking = [c for c in lacking if c not in made["empty_classes"]]
         if lacking:
-            print(f"split {name} has no sample of {', '.join(lacking)}")
+            print(
+                f"split {name} has no sample of {', '.join(lacking)}; add samples, or put some "
+                "there: folders train, val and test around the classes, or a column split"
+            )
     skipped = sum(made["problems"].values())
     if skipped:
         kinds = ", ".join(f"{n} x {kind}" for kind, n in made["problems"].items())

@@ -18,6 +18,8 @@ from uml_fast.data.shard_source import ShardSource
 from uml_fast.data.shards import ShardSet, splits_of
 from uml_fast.data.source import DataError, Source, Task, for_evaluation, say_once
 
+_FEW_TESTS = 20
+"""Test samples below which the numbers are said to mean little."""
 _UNKNOWN = -2
 """Label of a sample whose class has no name."""
 
@@ -123,6 +125,16 @@ class FoldersConfig(DataConfig):
         )
         tested = for_evaluation(source(config, *test), "test")
         _check_classes(run, sources, tested, names)
+        if len(tested) < _FEW_TESTS:
+            say_once(
+                f"{target}: {len(tested)} test samples; each is worth {100 / len(tested):.0f} "
+                "points of accuracy, so that differences mean little"
+            )
+        if mode == "uml" and len(modalities) == 1:
+            say_once(
+                f"only {target} is given, so that UML has nothing else to learn from; add another "
+                "modality, such as --data.text"
+            )
         return Task(
             sources, for_evaluation(source(config, *validation), "validation"), tested, names
         )

@@ -15,6 +15,8 @@ from uml_fast.data.tar import members
 
 TABLES = (".csv", ".tsv")
 _LITTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}
+_PAPERS = {".txt", ".md", ".rst", ".pdf", ".html", ".xml", ".yaml", ".yml", ".log", ".ini", ".db"}
+"""Extensions of what people keep beside their data; noted, but no fault of the data."""
 
 
 def find_files(source: Path, extensions: Collection[str], columns: FileColumns) -> Found:
@@ -56,7 +58,10 @@ def find_files(source: Path, extensions: Collection[str], columns: FileColumns) 
         split = parts[0] if has_splits and len(parts) > 1 else None
         inner = parts[depth:] if split is not None or not has_splits else parts
         label = inner[0] if len(inner) > 1 else None
-        if path not in files:
+        suffix = Path(path).suffix.lower()
+        if suffix in _PAPERS and path not in files:
+            found.notes[f"{suffix} file left out"] += 1
+        elif path not in files:
             found.problems.append(_unknown_extension(path, extensions))
         elif item.size == 0:
             found.problems.append(Problem(path, "empty file", "0 bytes; take it out"))

@@ -76,8 +76,9 @@ def parse_split(text: str) -> dict[str, float]:
 def order(found: Found, split: str, seed: int) -> Listing:
     """Give every input its class, split, key and place.
 
-    Split and order come from hashes of seed and name alone: an input keeps its split when others
-    are added, and every shard holds a mixture of classes.
+    Split and order come from hashes of seed and name: an input keeps its split when others are
+    added, and every shard holds a mixture of classes. Only in a class so small that it would miss a
+    split are inputs moved (``_drawn``).
 
     Raises:
         DataError: there is no input that can be used, or a split's name cannot be a file name.
@@ -103,10 +104,11 @@ def order(found: Found, split: str, seed: int) -> Listing:
         found.classes | {item.label for item in items if item.label is not None}
     )
     number = {name: i for i, name in enumerate(class_names)}
+    drawn = _drawn(items, parts, seed)
     splits: dict[str, list[tuple[bytes, str, int, Item]]] = {}
     for key, item in zip(_keys(items), items, strict=True):
         label = -1 if item.label is None else number[item.label]
-        name = item.split if item.split is not None else _draw(item.group or item.name, parts, seed)
+        name = item.split if item.split is not None else drawn[item.group or item.name]
         name = SPLIT_NAMES.get(name.lower(), name)
         if not re.fullmatch(r"[A-Za-z0-9_]+", name):
             raise DataError(
@@ -132,6 +134,39 @@ def natural_order(names: Iterable[str]) -> tuple[str, ...]:
 def _digest(name: str, seed: int, purpose: str) -> bytes:
     text = f"{seed}\0{purpose}\0{name}".encode(errors="surrogateescape")
     return hashlib.blake2b(text, digest_size=16).digest()
+
+
+def _drawn(items: Sequence[Item], parts: dict[str, float], seed: int) -> dict[str, str]:
+    """The split of each input (of each group) that has none: its hash decides.
+
+    A class with as many inputs as there are splits gets one into each; a smaller one goes to the
+    largest split first, then to test.
+    """
+    splits: dict[str, str] = {}
+    of_class: dict[str | None, dict[str, None]] = {}
+    for item in items:
+        if item.split is None:
+            name = item.group or item.name
+            if name not in splits:
+                splits[name] = _draw(name, parts, seed)
+            of_class.setdefault(item.label, {})[name] = None
+    largest = max(parts, key=lambda split: parts[split])
+    by_need = sorted(parts, key=lambda split: (split != largest, split != "test"))
+    for names in of_class.values():
+        count = Counter(splits[name] for name in names)
+        for split in by_need[: len(names)]:
+            if count[split]:
+                continue
+            # what is least needed gives first, else the fullest
+            spare = [s for s in by_need[len(names) :] if count[s]]
+            giver = spare[-1] if spare else max(by_need, key=lambda s: count[s])
+            moved = min(
+                (n for n in names if splits[n] == giver), key=lambda n: _digest(n, seed, "move")
+            )
+            splits[moved] = split
+            count[giver] -= 1
+            count[split] += 1
+    return splits
 
 
 def _draw(name: str, parts: dict[str, float], seed: int) -> str:
