@@ -7,6 +7,7 @@ that every backend gives the same rows.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -14,6 +15,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from uml_fast.config import ModalityConfig
+from uml_fast.data.lengths import npy_header
 from uml_fast.data.source import DataError
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig
@@ -22,6 +24,8 @@ from uml_fast.modalities.text import TextConfig
 
 Backend = Literal["webdataset", "dali", "dali_gpu"]
 _JPEG = b"\xff\xd8"
+_MOST_PIXELS = 1 << 28
+"""Of an image; the header of a broken one can promise gigabytes."""
 
 
 class DecodeError(ValueError):
@@ -96,6 +100,9 @@ def _image(config: ImageConfig) -> Callable[[bytes], np.ndarray]:
     def decode(payload: bytes) -> np.ndarray:
         if payload[:2] == _JPEG:
             try:
+                height, width, *_ = simplejpeg.decode_jpeg_header(payload)  # 1 us
+                if height * width > _MOST_PIXELS:
+                    raise ValueError(f"{height} x {width} pixels")
                 pixels: np.ndarray = simplejpeg.decode_jpeg(payload, space, strict=True)
             except ValueError as e:
                 raise DecodeError(f"broken JPEG: {e}") from None
@@ -124,7 +131,9 @@ def _audio(config: AudioConfig) -> Callable[[bytes], np.ndarray]:
                         f"{rate} Hz mono: prepare with --sample-rate {rate}"
                     )
                 samples: np.ndarray = sound.read(most, dtype="int16")
-        except soundfile.LibsndfileError as e:
+        except (soundfile.LibsndfileError, TypeError, ValueError) as e:
+            if isinstance(e, DecodeError):
+                raise
             raise DecodeError(f"broken sound: {e}") from None
         return samples
 
@@ -136,10 +145,17 @@ def _text(payload: bytes) -> np.ndarray:
 
 
 def _features(payload: bytes) -> np.ndarray:
+    file = io.BytesIO(payload)
     try:
-        values: np.ndarray = np.load(io.BytesIO(payload), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
+        shape, is_fortran, dtype = npy_header(file)
+    except DataError as e:
         raise DecodeError(f"broken array: {e}") from None
-    if values.dtype.kind not in "fiub":
-        raise DecodeError(f"dtype {values.dtype}; features are numbers")
+    if dtype.kind not in "fiub":
+        raise DecodeError(f"dtype {dtype}; features are numbers")
+    # numpy itself would first reserve what a broken header promises
+    there, said = len(payload) - file.tell(), math.prod(shape) * dtype.itemsize
+    if min(shape) < 0 or there != said:
+        raise DecodeError(f"broken array: {there:,} bytes for shape {list(shape)} of {dtype}")
+    flat = np.frombuffer(payload, dtype, offset=file.tell())
+    values = flat.reshape(shape, order="F" if is_fortran else "C")
     return np.atleast_2d(values).astype(np.float32, copy=False)
