@@ -160,6 +160,10 @@ class TextRows:
         """See ``Rows``."""
         if len(array) < len(out):
             raise DecodeError(f"{len(array)} bytes; the index promises {len(out)} rows")
+        try:
+            array.tobytes().decode()
+        except UnicodeDecodeError as e:
+            raise DecodeError(f"no UTF-8 at byte {e.start}; store it as UTF-8") from None
         if draws is not None:
             array = self.augment.apply(array, len(out), draws)
         out[:, 0] = array[: len(out)]

@@ -51,12 +51,12 @@ def members(path: Path) -> list[Member]:
                 # tarfile follows sizes it cannot trust: those below zero would never end
                 if info.size < 0 or (found and start <= found[-1].offset):
                     raise broken(f"member {info.name!r} has size {info.size}")
-                if info.isreg() and end > total:
-                    raise broken(f"truncated in member {info.name!r}")
                 if info.issparse():
                     raise DataError(
                         f"{path}: member {info.name!r} is sparse; make the file without --sparse"
                     )
+                if info.isreg() and end > total:
+                    raise broken(f"truncated in member {info.name!r}")
                 if info.isreg():
                     found.append(Member(info.name, start, info.size))
             # tarfile takes a header it cannot read behind the first member for the end
