@@ -26,7 +26,7 @@ LAYERS = (
     ("modalities",),
     ("model", "objective", "compat"),
     ("data",),
-    ("optim", "step", "checkpoint", "machine", "log"),
+    ("optim", "distributed", "step", "checkpoint", "machine", "log"),
     ("recipes", "doctor", "cli"),
     ("analysis", "measure", "meter"),
     ("trial", "run", "summary", "report"),

@@ -218,6 +218,28 @@ class RunLog:
             return SummaryWriter(str(folder), purge_step=purge)
 
 
+class SilentLog:
+    """The log of a rank that leaves logging to the first one."""
+
+    def begin(self, mode: str, seed: int, *, resumed_step: int = 0) -> None:
+        """Nothing."""
+
+    def write(self, step: int, **metrics: object) -> None:
+        """Nothing."""
+
+    def end(self) -> None:
+        """Nothing."""
+
+    def note(self, text: str) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> SilentLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing."""
+
+
 def _finite(value: float | None) -> float | None:
     if value is None or not math.isfinite(value):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -48,6 +49,27 @@ def flops_per_row(model: Uml, config: RunConfig, source: Samples) -> float:
     return training_flops(forward, first_layer=stem) / rows
 
 
+Lap = dict[str, float | dict[str, float]]
+"""What was measured between two log lines; inner dictionaries are by stage or modality."""
+
+
+def combine(laps: Sequence[Lap]) -> Lap:
+    """The laps of all ranks as one: rates add up, times and shares are averaged."""
+    if len(laps) == 1:
+        return laps[0]
+    out: Lap = {}
+    for name in dict.fromkeys(name for lap in laps for name in lap):
+        values = [lap.get(name, 0.0) for lap in laps]
+        inner = [v for v in values if isinstance(v, dict)]
+        if inner:
+            keys = dict.fromkeys(key for v in inner for key in v)
+            out[name] = {k: sum(v.get(k, 0.0) for v in inner) / len(laps) for k in keys}
+        else:
+            total = sum(v for v in values if not isinstance(v, dict))
+            out[name] = total if name.endswith("_per_s") else total / len(laps)
+    return out
+
+
 class Meter:
     """Reads the loader's counters and the clock; ``lap`` gives the rates since the last lap."""
 
@@ -72,7 +94,7 @@ class Meter:
         self.started = time.perf_counter()
         self.before = self.loader.stats()
 
-    def lap(self) -> dict[str, float | dict[str, float]]:
+    def lap(self) -> Lap:
         """Rates since the last lap; begins the next one.
 
         ``stages`` are what the loader's slots were in, in % of their time. ``stall_ms`` is what
@@ -84,7 +106,7 @@ class Meter:
         tokens = {name: stats[f"tokens/{name}"] - before[f"tokens/{name}"] for name in self.flops}
         samples = sum(stats[f"samples/{name}"] - before[f"samples/{name}"] for name in self.flops)
         useful = sum(self.flops[name] * n for name, n in tokens.items()) / seconds
-        out: dict[str, float | dict[str, float]] = {
+        out: Lap = {
             "tokens_per_s": sum(tokens.values()) / seconds,
             "samples_per_s": samples / seconds,
             "mfu": useful / self.peak,
@@ -98,7 +120,7 @@ class Meter:
         self.started, self.before = now, stats
         return out
 
-    def _times(self, stats: dict[str, float]) -> dict[str, float | dict[str, float]]:
+    def _times(self, stats: dict[str, float]) -> Lap:
         spent: dict[str, dict[str, float]] = {}
         for key, value in stats.items():
             group, _, name = key.partition("_s/")
@@ -107,7 +129,7 @@ class Meter:
         stages = spent.pop("stage", {})
         total = sum(stages.values())
         packs = max(1.0, stats["packs"] - self.before["packs"])
-        out: dict[str, float | dict[str, float]] = {}
+        out: Lap = {}
         if stages:
             out["stages"] = {k: 100 * s / total for k, s in stages.items() if k != "free"}
         for group, seconds in spent.items():

@@ -35,6 +35,19 @@ def losses(
     return out
 
 
+def counts(model: Uml, batch: PackedBatch, config: RunConfig) -> dict[str, Tensor]:
+    """Per modality of the pack, the rows or samples that its loss is the mean of: () int64."""
+    out: dict[str, Tensor] = {}
+    for i, region in enumerate(batch.layout.regions):
+        view = batch.region(i)
+        if config.objective.kind == "next_embedding":
+            counted = model.modality(region.name).predicts_C(view)
+        else:
+            counted = batch.label_S[view.slots] >= 0
+        out[region.name] = counted.sum()
+    return out
+
+
 def total(parts: dict[str, Tensor], config: RunConfig) -> Tensor:
     """The sum of the losses times their modality's weight."""
     return torch.stack([config.modality(name).weight * loss for name, loss in parts.items()]).sum()

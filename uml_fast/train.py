@@ -1,6 +1,7 @@
 """Train a recipe: every mode for every seed, then the comparison and the report.
 
-``python -m uml_fast.train [recipe] [overrides]``
+``python -m uml_fast.train [recipe] [overrides]``, on several devices or machines
+``torchrun --nproc-per-node N -m uml_fast.train [recipe] [overrides]``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from uml_fast import log
 from uml_fast.checkpoint import StopSignal
 from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
+from uml_fast.distributed import Ranks, join_ranks
 from uml_fast.report import print_table, write_report
 from uml_fast.run import locked, open_run, write_json
 from uml_fast.summary import describe_samples, summarise
@@ -32,12 +34,18 @@ def train(config: RunConfig) -> Path | None:
         RunFolderError: the run folder cannot be written, or holds another run.
         TrainingError: a loss was not finite.
         CheckpointError: all checkpoints of a trial are broken, or none can be written.
+        RanksError: another rank is gone.
     """
+    with join_ranks(config.device) as ranks:
+        folder = ranks.from_first(lambda: _open(config))
+        with locked(folder) if ranks.is_first else contextlib.nullcontext():
+            return folder if _train_all(config, folder, ranks) else None
+
+
+def _open(config: RunConfig) -> Path:
     if not (config.folder / "run.json").exists():
         _check(config)
-    folder = open_run(config)
-    with locked(folder):
-        return folder if _train_all(config, folder) else None
+    return open_run(config)
 
 
 def _check(config: RunConfig) -> None:
@@ -46,46 +54,55 @@ def _check(config: RunConfig) -> None:
         Trial(config, mode, config.seed, config.folder / "trials" / f"{mode}-{config.seed}")
 
 
-def _train_all(config: RunConfig, folder: Path) -> bool:
+def _train_all(config: RunConfig, folder: Path, ranks: Ranks) -> bool:
     """Train what is missing and write the summary; False if asked to stop before the end."""
     seeds = range(config.seed, config.seed + config.seeds)
     trials = [log.Trial(mode, seed, config.steps) for seed in seeds for mode in config.modes]
     missing = [t for t in trials if _read_result(_place(folder, t) / "result.json") is None]
     traced = next((t for t in missing if t.mode == "uml"), missing[0] if missing else None)
     results = []
-    with log.RunLog(folder, trials) as run_log, StopSignal() as stop:
+    made = log.RunLog(folder, trials) if ranks.is_first else log.SilentLog()
+    with made as run_log, StopSignal() as stop:
         for planned in trials:
-            if stop:
+            if ranks.any(bool(stop)):
                 run_log.note(f"stopped before {planned.mode} seed {planned.seed}; {_AGAIN}")
                 return False
-            trace_to = config.trace if planned == traced else None
-            result = _finish_trial(config, planned, folder, run_log, stop, trace_to)
+            is_traced = planned == traced and ranks.is_first
+            trace_to = config.trace if is_traced else None
+            result = _finish_trial(config, planned, folder, run_log, stop, trace_to, ranks)
             if result is None:
                 return False
             results.append(result)
+    if ranks.is_first:
+        _finish(config, results, folder)
+    return True
+
+
+def _finish(config: RunConfig, results: list[dict[str, Any]], folder: Path) -> None:
     summary = summarise(config, results, folder)
     write_json(folder / "summary.json", summary)
     report = write_report(folder)
     print(print_table(summary))
     print(f"report: {report}")
-    return True
 
 
 def _finish_trial(
     config: RunConfig,
     planned: log.Trial,
     folder: Path,
-    run_log: log.RunLog,
+    run_log: log.RunLog | log.SilentLog,
     stop: StopSignal,
     trace_to: Path | None,
+    ranks: Ranks,
 ) -> dict[str, Any] | None:
     """The result of one trial, trained where it is not there yet; None if it was asked to stop."""
     place = _place(folder, planned)
     finished = place / "result.json"
-    if _read_result(finished) is None:
-        trial = Trial(config, planned.mode, planned.seed, place)
-        if planned.mode == "uml" and not (folder / "samples.json").exists():
-            write_json(folder / "samples.json", describe_samples(trial.model, trial.task))
+    if ranks.from_first(lambda: _read_result(finished)) is None:
+        trial = Trial(config, planned.mode, planned.seed, place, ranks)
+        samples = folder / "samples.json"
+        if ranks.is_first and planned.mode == "uml" and not samples.exists():
+            write_json(samples, describe_samples(trial.model, trial.task))
         try:
             with _traced(trace_to, run_log) as trace:
                 result = trial.run(stop, run_log, trace)
@@ -94,8 +111,9 @@ def _finish_trial(
                 f"stopped at step {trial.step} of {planned.mode} seed {planned.seed}; {_AGAIN}"
             )
             return None
-        write_json(finished, result)
-    return _read_result(finished)
+        if ranks.is_first:
+            write_json(finished, result)
+    return ranks.from_first(lambda: _read_result(finished))
 
 
 def _place(folder: Path, planned: log.Trial) -> Path:
@@ -103,7 +121,7 @@ def _place(folder: Path, planned: log.Trial) -> Path:
 
 
 @contextlib.contextmanager
-def _traced(path: Path | None, run_log: log.RunLog) -> Iterator[Trace | None]:
+def _traced(path: Path | None, run_log: log.RunLog | log.SilentLog) -> Iterator[Trace | None]:
     """A trace that is written to ``path`` however the trial ends; nothing where that is None."""
     if path is None:
         yield None

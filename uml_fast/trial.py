@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from uml_fast.config import ConfigError, MixConfig, RunConfig
 from uml_fast.data.loader import Loader, layouts_of
 from uml_fast.data.source import DataError, Task, in_memory
 from uml_fast.device import resolve_device, resolve_dtype
-from uml_fast.log import RunLog
-from uml_fast.measure import init_head, measure, pack_source, run_metric
-from uml_fast.meter import Meter
+from uml_fast.distributed import ALONE, Ranks
+from uml_fast.log import RunLog, SilentLog
+from uml_fast.measure import PackedSource, init_head, measure, pack_source, run_metric
+from uml_fast.meter import Meter, combine
 from uml_fast.model.uml import Uml
 from uml_fast.optim import learning_rate, load_optimizer_tensors, optimizer_tensors
 from uml_fast.pack import Layout
+from uml_fast.resume import State, join
 from uml_fast.run import write_json
 from uml_fast.step import StepResult, TrainStep
 from uml_fast.trace import Trace, span
@@ -135,18 +138,29 @@ def check_labels(config: RunConfig, task: Task) -> None:
 
 
 class Trial:
-    """Trains one mode with one seed; ``run`` continues from the newest checkpoint in its folder."""
+    """Trains one mode with one seed; ``run`` continues from the newest checkpoint in its folder.
 
-    def __init__(self, run_config: RunConfig, mode: str, seed: int, folder: Path) -> None:
+    All ``ranks`` call the same methods; the first one evaluates, logs and writes.
+    """
+
+    def __init__(
+        self, run_config: RunConfig, mode: str, seed: int, folder: Path, ranks: Ranks = ALONE
+    ) -> None:
         self.config = config = run_config.for_mode(mode)
-        self.mode, self.seed, self.folder = mode, seed, folder
+        self.mode, self.seed, self.folder, self.ranks = mode, seed, folder, ranks
         self.device = resolve_device(config.device)
         self.task = config.load(seed, mode)
         self.mix, self.layouts = plan_mix(run_config, mode, self.task, seed)
         self.model = build_model(config, self.task, seed).to(self.device)
-        self.train_step = TrainStep(self.model, config, seed)
-        self.target = pack_source(self.task.source(config.target), self.device)
-        self.validation = pack_source(self.task.validation, self.device)
+        ranks.copy_first(list(self.model.state_dict().values()))
+        self.train_step = TrainStep(self.model, config, seed, ranks)
+        self.evaluated: tuple[PackedSource, PackedSource] | None = None
+        """Training and validation samples of the target, on the rank that evaluates."""
+        if ranks.is_first:
+            sources = self.task.source(config.target), self.task.validation
+            self.evaluated = (
+                pack_source(sources[0], self.device), pack_source(sources[1], self.device)
+            )  # fmt: skip
         self.step = 0
         self.best: dict[str, Any] = {"metric": None, "step": 0, "failures": 0}
         self.best_weights: dict[str, Tensor] = {}
@@ -156,12 +170,12 @@ class Trial:
         """The newest step whose loss was read."""
 
     def run(
-        self, stop: checkpoint.StopSignal, log: RunLog, trace: Trace | None = None
+        self, stop: checkpoint.StopSignal, log: RunLog | SilentLog, trace: Trace | None = None
     ) -> dict[str, Any]:
         """Train to the end and measure.
 
         Args:
-            stop: read between steps.
+            stop: read between steps; one rank that is asked to stop stops all after the same step.
             log: takes one record per logged step and validation.
             trace: takes the events of loading, steps, validations and checkpoints.
 
@@ -169,7 +183,7 @@ class Trial:
             The trial's result as it stands in summary.json.
 
         Raises:
-            Stopped: ``stop`` was set; the state is saved.
+            Stopped: ``stop`` was set on a rank; the state is saved.
             TrainingError: a loss or the weights are not finite.
         """
         config = self.config
@@ -198,7 +212,7 @@ class Trial:
                 if record:
                     log.write(self.step, **record)
                 is_last = is_last or self._is_patience_over()
-                is_stopping = bool(stop) and not is_last
+                is_stopping = self.ranks.any(bool(stop)) and not is_last
                 if is_last or is_stopping or self._is_due(config.checkpoint.every):
                     with span(trace, "checkpoint"):
                         self._save(loader)
@@ -206,12 +220,13 @@ class Trial:
                 if is_stopping:
                     raise Stopped
         log.end()
-        return self._result()
+        return self.ranks.from_first(self._result)
 
     def _loader(self, trace: Trace | None) -> Loader:
         return Loader(
             self.task.train, self.layouts, self.mix, self.seed, trace=trace,
             shares=shares_of(self.config), target=self.config.target, device=self.device,
+            rank=self.ranks.rank, world=self.ranks.world,
         )  # fmt: skip
 
     def _is_due(self, every: int) -> bool:
@@ -219,11 +234,13 @@ class Trial:
 
     def _record(self, result: StepResult, meter: Meter) -> dict[str, Any]:
         record: dict[str, Any] = {"loss": float(result.loss)}
-        record["losses"] = {name: float(loss) for name, loss in result.parts.items()}
+        losses = {name: float(loss) for name, loss in result.parts.items()}
+        record["losses"] = {name: loss for name, loss in losses.items() if not math.isnan(loss)}
         record["lr"] = learning_rate(self.step - 1, self.config.steps, self.config.optim)
         if result.grad_norm is not None:
             record["grad_norm"] = float(result.grad_norm)
-        return record | meter.lap() | {"recompiles": self.train_step.recompiles}
+        lap = combine(self.ranks.gather(meter.lap()))
+        return record | lap | {"recompiles": self.train_step.recompiles}
 
     def _check_finite(self) -> None:
         """Stop at a loss that is not finite."""
@@ -241,12 +258,17 @@ class Trial:
             self._stop_at(step, "the weights are not finite", layout, samples.tolist())
 
     def _stop_at(self, step: int, what: str, layout: Layout, samples: list[int]) -> None:
-        keys = {}
+        own: dict[str, list[str]] = {}
         for i, region in enumerate(layout.regions):
             source = self.task.source(region.name)
-            keys[region.name] = [source.key(s) for s in samples[layout.slot_slice(i)] if s >= 0]
+            own[region.name] = [source.key(s) for s in samples[layout.slot_slice(i)] if s >= 0]
+        keys: dict[str, list[str]] = {}
+        for part in self.ranks.gather(own):
+            for name, found in part.items():
+                keys[name] = keys.get(name, []) + found
         path = self.folder / "nonfinite.json"
-        write_json(path, {"step": step + 1, "what": what, "samples": keys})
+        if self.ranks.is_first:
+            write_json(path, {"step": step + 1, "what": what, "samples": keys})
         try:
             newest = checkpoint.load_latest(self.folder / "checkpoints")
             kept = f"the checkpoint of step {newest.step} is kept" if newest else "none was saved"
@@ -259,9 +281,7 @@ class Trial:
 
     def _validate(self) -> float:
         """The metric on the validation samples; remembers the best weights if patience is set."""
-        value = run_metric(
-            self.model, self.config, self.target, self.validation, self.task.class_names
-        )
+        value = self.ranks.from_first(self._metric)
         if self.config.eval.patience:
             sign = -1 if self.config.metric == "error" else 1
             if self.best["metric"] is None or sign * value > sign * self.best["metric"]:
@@ -273,6 +293,10 @@ class Trial:
                 self.best["failures"] += 1
         return value
 
+    def _metric(self) -> float:
+        assert self.evaluated is not None
+        return run_metric(self.model, self.config, *self.evaluated, self.task.class_names)
+
     def _is_patience_over(self) -> bool:
         patience = self.config.eval.patience
         return bool(patience) and self.best["failures"] >= patience
@@ -280,6 +304,11 @@ class Trial:
     def _save(self, loader: Loader) -> None:
         self._check_finite()
         self._check_weights()
+        state = join(self.ranks.gather(loader.state_dict()))
+        if self.ranks.is_first:
+            self._write(state)
+
+    def _write(self, loader_state: State) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"best/{k}": v for k, v in self.best_weights.items()}
         state = optimizer_tensors(self.train_step.optimizer, self.model)
@@ -287,14 +316,15 @@ class Trial:
         meta = {
             "mode": self.mode,
             "seed": self.seed,
-            "loader": loader.state_dict(),
+            "loader": loader_state,
             "best": self.best,
         }
         keep = self.config.checkpoint.keep
         checkpoint.save(self.folder / "checkpoints", self.step, tensors, meta, keep)
 
     def _resume(self, loader: Loader) -> None:
-        saved = checkpoint.load_latest(self.folder / "checkpoints")
+        newest = self.folder / "checkpoints"
+        saved = self.ranks.from_first(lambda: checkpoint.load_latest(newest))
         if saved is None:
             return
 
@@ -311,10 +341,12 @@ class Trial:
         logger.info("%s seed %d: continues at step %d", self.mode, self.seed, self.step)
 
     def _result(self) -> dict[str, Any]:
+        assert self.evaluated is not None
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
         test = pack_source(self.task.test, self.device)
-        measured = measure(self.model, self.config, self.target, test, self.task.class_names)
+        target, _ = self.evaluated
+        measured = measure(self.model, self.config, target, test, self.task.class_names)
         return {
             "mode": self.mode, "seed": self.seed, "shots": None, "steps": self.step,
             "probe": measured.probe, "head": measured.head, "error": measured.error,
