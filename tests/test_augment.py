@@ -40,9 +40,11 @@ EVERYTHING = AugmentConfig(
 )  # fmt: skip
 
 
-def sources_of(folder, augment: AugmentConfig, seed: int = 3) -> tuple[Samples, ...]:
+def sources_of(
+    folder, augment: AugmentConfig, seed: int = 3, backend: str = "webdataset"
+) -> tuple[Samples, ...]:
     config = run_config(folder)
-    data = dataclasses.replace(config.data, augment=augment)
+    data = dataclasses.replace(config.data, augment=augment, backend=backend)
     return dataclasses.replace(config, data=data).load(seed, "uml").train
 
 
@@ -73,6 +75,13 @@ def test_a_visit_is_a_function_of_seed_epoch_and_sample_alone(shards) -> None:
             assert not same(together, read(other_seed, samples, epochs))
 
 
+def test_a_visit_is_the_same_from_both_backends(shards) -> None:
+    pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
+    both = [sources_of(shards, EVERYTHING, backend=b) for b in ("webdataset", "dali")]
+    for one, other in zip(*both, strict=True):
+        assert same(read(one, [5, 0, 7], [1, 0, 3]), read(other, [5, 0, 7], [1, 0, 3]))
+
+
 def test_what_is_evaluated_is_never_changed(shards) -> None:
     config = run_config(shards)
     data = dataclasses.replace(config.data, augment=EVERYTHING)
@@ -99,7 +108,6 @@ def test_packs_are_the_same_after_resuming_and_from_any_threads(shards, monkeypa
             return [[r.numpy().copy() for r in next(loader)[0].raw] for _ in range(count)]
 
     want = packs(12)
-    monkeypatch.setattr("uml_fast.data.produce._PART_BYTES", 500)
     assert all(same(a, b) for a, b in zip(packs(12, threads=3, slots=2), want, strict=True))
     assert all(same(a, b) for a, b in zip(packs(5, skip=7), want[7:], strict=True))
     monkeypatch.setattr("uml_fast.native.module", lambda: None)
