@@ -111,6 +111,15 @@ def test_jpeg_pixels(config: ImageConfig) -> None:
     assert_alike(config, [stored(picture(mode="CMYK"))], by_dali=False)
 
 
+def test_a_jpeg_that_promises_gigabytes_is_not_for_dali() -> None:
+    payload = bytearray(stored(picture()))
+    size = payload.index(b"\xff\xc0") + 5
+    payload[size : size + 4] = (60_000).to_bytes(2, "big") * 2
+    decode = decode_of(COLOUR, "dali")
+    assert isinstance(decode, Batched) and not decode.graph.takes(bytes(payload))
+    assert isinstance(decode([bytes(payload)])[0], DecodeError)
+
+
 def test_pixels_of_other_formats() -> None:
     alpha = picture(mode="RGBA")
     assert_alike(COLOUR, [

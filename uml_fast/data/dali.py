@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("uml_fast")
 _BATCH = 256
 """Most samples of a run. A pipeline takes 7 ms to build, a run 50 us besides its samples (EPYC)."""
+_MOST_PIXELS = 1 << 27
+"""Of a JPEG; a larger one is left to the other backend, which decodes one at a time."""
 _HEADERS = 1 << 16
 """Bytes of a sound's file that may be no sound."""
 _INPUT = "stored"
@@ -52,7 +54,7 @@ class _Images:
         Pillow cuts them), WebP and 24-bit BMP, unless colours become gray, a step off again.
         """
         if payload.startswith(b"\xff\xd8"):
-            return _jpeg_colours(payload) in ("YCbCr", "Gray", "RGB")
+            return _is_usual_jpeg(payload)
         if payload.startswith(_PNG) and len(payload) > 25:
             depth, colour = payload[24], payload[25]
             return depth <= 8 and (self.channels == 3 or colour in (0, 4))
@@ -196,12 +198,12 @@ def batched(config: ModalityConfig, plain: Decode, on_gpu: bool = False) -> Deco
     return decode
 
 
-def _jpeg_colours(payload: bytes) -> str:
-    """Colour space of a JPEG, empty where its head is broken."""
+def _is_usual_jpeg(payload: bytes) -> bool:
+    """Whether the head of a JPEG is whole, says YCbCr, gray or RGB, and promises no gigabytes."""
     import simplejpeg
 
     try:
-        colours: str = simplejpeg.decode_jpeg_header(payload)[2]
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(payload)
     except ValueError:
-        return ""
-    return colours
+        return False
+    return colours in ("YCbCr", "Gray", "RGB") and height * width <= _MOST_PIXELS
