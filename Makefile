@@ -60,6 +60,7 @@ lint: $(INSTALLED) $(TOOLS)
 bench: $(INSTALLED) $(TOOLS)
 	python -m pytest bench/kernels.py
 	python -m pytest bench/step.py
+	python -m pytest bench/grid.py
 
 clean:
 	rm -rf build dist .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache $(INSTALLED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,9 @@ os.environ.setdefault("PYTEST_TIMEOUT", "300")
 torch.set_num_threads(1)
 # Deterministic mode also fills torch.empty with NaN, so a kernel that leaves a row unwritten shows.
 torch.use_deterministic_algorithms(True, warn_only=True)
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+"""CPU kernels that a build may have."""
 
 CAPABILITIES = {"gpu": "cuda", "native": "native", "triton": "triton"}
 """Marker of a test -> what it needs; UML_REQUIRE=cuda,native,triton makes skips failures."""
@@ -73,3 +77,18 @@ def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     return folder
+
+
+@pytest.fixture(params=[pytest.param(s, marks=pytest.mark.native) for s in INSTRUCTION_SETS])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once with the kernels of each instruction set this processor has."""
+    from uml_fast.kernels.native.library import library
+
+    cpu = library()
+    default = cpu.instruction_set()
+    try:
+        cpu.use_instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    cpu.use_instruction_set(default)

@@ -28,14 +28,16 @@ LAYERS = (
     ("data",),
     ("optim", "distributed", "step", "checkpoint", "machine", "log"),
     ("recipes", "doctor", "cli"),
-    ("analysis", "measure", "meter"),
+    ("analysis", "grid", "measure", "meter"),
     ("trial", "run", "summary", "report"),
     ("train", "evaluate", "export", "prepare", "inspect"),
 )
 """Parts of the package: each imports its own line and the lines above it, never one below."""
 
 CORE = {
-    name for layer in LAYERS[: LAYERS.index(("analysis", "measure", "meter"))] for name in layer
+    name
+    for layer in LAYERS[: LAYERS.index(("analysis", "grid", "measure", "meter"))]
+    for name in layer
 }
 """Parts that import with torch and numpy alone; what they need beyond is imported where used."""
 

@@ -1,8 +1,11 @@
 // The CPU kernels for Python: addresses and sizes in, nothing out. Callers (uml_fast/kernels) check
 // arguments and keep the tensors alive; every call releases the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
+#include <tuple>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -50,6 +53,28 @@ LossChunk loss_chunk(int dtype, int64_t rows, int64_t cols, Address product, Add
           at<float>(bias_grad),
           at<double>(totals)};
 }
+
+HeadCell head_cell(Address weights, Address first, Address second, Address image_order,
+                   Address text_order, Address rates, int64_t begin, int64_t steps, int64_t batch,
+                   float alpha, float weight_decay, bool has_projection, bool learns_scale) {
+  return {at<float>(weights),
+          at<float>(first),
+          at<float>(second),
+          at<const int32_t>(image_order),
+          at<const int32_t>(text_order),
+          at<const float>(rates),
+          begin,
+          steps,
+          batch,
+          alpha,
+          weight_decay,
+          has_projection,
+          learns_scale};
+}
+
+// Arguments of head_cell.
+using HeadArguments = std::tuple<Address, Address, Address, Address, Address, Address, int64_t,
+                                 int64_t, int64_t, float, float, bool, bool>;
 
 }  // namespace
 }  // namespace uml
@@ -248,6 +273,17 @@ void bind_cpu(py::module_& module) {
                                    at<void>(grad_input));
       },
       nogil);
+  m.def("train_heads", [](int threads, Address images, Address image_labels, int64_t image_width,
+                          Address texts, Address text_labels, int64_t text_width, int64_t classes,
+                          const std::vector<HeadArguments>& arguments) {
+    const HeadGrid grid{{at<const float>(images), at<const int32_t>(image_labels), image_width},
+                        {at<const float>(texts), at<const int32_t>(text_labels), text_width},
+                        classes};
+    std::vector<HeadCell> cells;
+    for (const HeadArguments& a : arguments) cells.push_back(std::apply(head_cell, a));
+    const py::gil_scoped_release release;
+    kernels().train_heads(threads, grid, cells.data(), static_cast<int64_t>(cells.size()));
+  });
   m.def(
       "text_stem_fwd",
       [](int threads, int64_t rows, int64_t cols, int weight_dtype, int position_dtype,

@@ -46,6 +46,7 @@ void text_stem_fwd(int threads, TextShape shape, const int32_t* ids, const void*
                    const void* position, const int32_t* position_index, void* out);
 void log_mel(int threads, const MelPlan& plan, const void* samples, const bool* continues,
              int64_t rows, void* out);
+void train_heads(int threads, const HeadGrid& grid, const HeadCell* cells, int64_t count);
 
 // out[c] = sum over chunks of partial[chunk][c], in chunk order.
 void sum_partials(int threads, const float* partial, int64_t chunks, int64_t cols, float* out);

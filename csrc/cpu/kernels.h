@@ -93,6 +93,36 @@ struct PatchShape {
   int64_t patch_width;
 };
 
+// Samples that heads are trained on: rows of `width` floats, a multiple of 16, and their classes.
+struct HeadSource {
+  const float* rows;
+  const int32_t* labels;
+  int64_t width;
+};
+
+struct HeadGrid {
+  HeadSource image;
+  HeadSource text;
+  int64_t classes;
+};
+
+// One cell of a grid (uml_fast/grid/heads.py says how its parameters lie in memory).
+struct HeadCell {
+  float* weights;
+  float* first;  // moments of AdamW
+  float* second;
+  const int32_t* image_order;  // (steps, batch) rows of the batches
+  const int32_t* text_order;   // null: images alone
+  const float* rates;          // (steps) learning rates
+  int64_t begin;               // steps that were done before
+  int64_t steps;
+  int64_t batch;
+  float alpha;  // weight of the loss of text
+  float weight_decay;
+  bool has_projection;
+  bool learns_scale;
+};
+
 struct Kernels {
   const char* name;
 
@@ -176,6 +206,9 @@ struct Kernels {
   // out (rows, frames * mels); continues[r]: row r + 1 is of the same sound.
   void (*log_mel)(int threads, const MelPlan&, const void* samples, const bool* continues,
                   int64_t rows, void* out);
+
+  // The next steps of each cell.
+  void (*train_heads)(int threads, const HeadGrid&, const HeadCell* cells, int64_t count);
 };
 
 // The kernels in use: the widest this processor runs, unless use_kernels chose others.

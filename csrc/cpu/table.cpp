@@ -28,6 +28,7 @@ const Kernels kernel_table = {
     .segment_mean_bwd = segment_mean_bwd,
     .text_stem_fwd = text_stem_fwd,
     .log_mel = log_mel,
+    .train_heads = train_heads,
 };
 
 }  // namespace uml::UML_ARCH

@@ -9,10 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.native.library import library
 from uml_fast.kernels.triton import launch
-
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def launch_on_gpu(
@@ -40,19 +37,6 @@ def _triton_takes_cpu_tensors() -> Iterator[None]:
         return
     with launch.launching(launch_on_gpu, launch.arch(), launch.processors()):
         yield
-
-
-@pytest.fixture(params=[pytest.param(s, marks=pytest.mark.native) for s in INSTRUCTION_SETS])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with the kernels of each instruction set this processor has."""
-    cpu = library()
-    default = cpu.instruction_set()
-    try:
-        cpu.use_instruction_set(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    cpu.use_instruction_set(default)
 
 
 @pytest.fixture

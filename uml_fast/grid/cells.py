@@ -1,0 +1,102 @@
+"""What is searched: the cells of a grid and the schedule they share."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from uml_fast.config import require
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One head: how it is trained and on which samples."""
+
+    mode: Literal["unimodal", "uml"] = "uml"
+    """unimodal: images alone, one matrix; uml: a projection of images to the width of text, then
+    the head that both share."""
+    lr: float = 1e-3
+    """Largest learning rate."""
+    weight_decay: float = 0.0
+    """Decay of AdamW."""
+    batch: int = 32
+    """Images, and texts, of a step."""
+    alpha: float = 1.0
+    """Weight of the loss of text."""
+    shots: int = 0
+    """Training images of each class, drawn with the seed; 0: all."""
+    seed: int = 1
+    """Draws the shots, the first weights and the order of samples."""
+    learn_scale: bool = True
+    """Learn a logit scale per modality (first value 1)."""
+    init: Literal["random", "text"] = "random"
+    """text: the head starts as the L2-normalised mean text of each class ("Ours (init)")."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.lr < math.inf, f"lr is {self.lr}; it must be positive and finite")
+        require(
+            0 <= self.weight_decay < math.inf,
+            f"weight_decay is {self.weight_decay}; it must be finite and not negative",
+        )
+        require(self.batch >= 1, f"batch is {self.batch}; it must be >= 1")
+        require(0 <= self.alpha < math.inf, f"alpha is {self.alpha}; it must be finite and >= 0")
+        require(self.shots >= 0, f"shots is {self.shots}; it must be >= 0")
+        require(0 <= self.seed < 1 << 63, f"seed is {self.seed}; it must be in 0..2**63 - 1")
+        require(
+            self.mode == "uml" or self.init == "random",
+            "init is text in mode unimodal; its head does not see text",
+        )
+
+
+def product(**axes: Sequence[Any]) -> list[Cell]:
+    """Every combination of the given values; fields that are not given keep their default.
+
+        product(lr=(1e-3, 1e-4), alpha=(0.3, 1.0), shots=(1, 4, 16), seed=(1, 2, 3))
+
+    Raises:
+        TypeError: a name that is no field of ``Cell``.
+        ConfigError: a value that it refuses.
+    """
+    return [
+        Cell(**dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
+    ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeadSchedule:
+    """Length and learning rate of every cell (paper 1.4, table 5)."""
+
+    steps: int = 12_800
+    """Most steps of a cell."""
+    warmup_steps: int = 50
+    """Steps of the linear warm-up; the first step has ``warmup_lr``."""
+    warmup_lr: float = 1e-5
+    """Learning rate of step 0."""
+    eval_every: int = 100
+    """Steps between looks at the validation samples; the first is before step 0."""
+    patience: int = 10
+    """Looks without a better validation accuracy after which a cell stops."""
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"steps is {self.steps}; it must be >= 1")
+        require(self.warmup_steps >= 0, f"warmup_steps is {self.warmup_steps}; it must be >= 0")
+        require(self.eval_every >= 1, f"eval_every is {self.eval_every}; it must be >= 1")
+        require(self.patience >= 1, f"patience is {self.patience}; it must be >= 1")
+
+    def rates(self, lr: float, begin: int, end: int) -> np.ndarray:
+        """float32 (end - begin,) learning rate of each step.
+
+        Step 0 has ``warmup_lr``, step t of the warm-up ``lr * t / warmup_steps``, then a cosine
+        that would reach 0 after ``steps`` more.
+        """
+        t = np.arange(begin, end, dtype=np.float64)
+        after = np.maximum(t - self.warmup_steps, 0)
+        rates = 0.5 * lr * (1 + np.cos(np.pi * np.minimum(after / self.steps, 1)))
+        warm = lr * t / max(self.warmup_steps, 1)
+        rates = np.where(t < self.warmup_steps, np.where(t == 0, self.warmup_lr, warm), rates)
+        return rates.astype(np.float32)
