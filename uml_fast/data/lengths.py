@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from typing import BinaryIO
 
@@ -30,6 +31,8 @@ UNITS = {
     "text": ("bytes",),
 }
 """Kind -> what its length counts."""
+_MOST_FRAMES = (1 << 31) - 1
+"""Samples of a sound; lengths are int32."""
 
 
 def length_of(extension: str, content: bytes) -> tuple[int, ...]:
@@ -43,7 +46,7 @@ def length_of(extension: str, content: bytes) -> tuple[int, ...]:
     if kind == "text":
         return (len(content),)
     if kind == "features":
-        return (npy_shape(content)[0],)
+        return (npy_layout(content)[0][0],)
     if kind == "images":
         from PIL import Image
 
@@ -57,9 +60,12 @@ def length_of(extension: str, content: bytes) -> tuple[int, ...]:
     import soundfile
 
     try:
-        return (soundfile.info(io.BytesIO(content)).frames,)
-    except (soundfile.LibsndfileError, TypeError) as e:
+        frames = int(soundfile.info(io.BytesIO(content)).frames)
+    except (soundfile.LibsndfileError, TypeError, ValueError) as e:
         raise DataError(f"not a readable sound: {e}") from e
+    if frames > _MOST_FRAMES:
+        raise DataError(f"its header promises {frames:,} samples")
+    return (frames,)
 
 
 def npy_shape(content: bytes) -> tuple[int, ...]:
@@ -69,6 +75,22 @@ def npy_shape(content: bytes) -> tuple[int, ...]:
         DataError: as ``npy_header``.
     """
     return npy_header(io.BytesIO(content))[0]
+
+
+def npy_layout(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, column order, type and first byte of a stored array that is all there.
+
+    Raises:
+        DataError: as ``npy_header``; or its bytes are not as many as its shape takes.
+    """
+    file = io.BytesIO(content)
+    shape, is_fortran, dtype = npy_header(file)
+    start = file.tell()
+    # numpy itself would first reserve what a broken header promises
+    there, said = len(content) - start, math.prod(shape) * dtype.itemsize
+    if min(shape) < 0 or there != said:
+        raise DataError(f"{there:,} bytes for shape {list(shape)} of {dtype}")
+    return shape, is_fortran, dtype, start
 
 
 def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -32,11 +32,11 @@ class OpenFiles:
 
     Args:
         paths: the files.
-        most: files that are open at a time.
+        most: files that are open at a time; None: ``MOST``.
     """
 
-    def __init__(self, paths: Sequence[Path], most: int = MOST) -> None:
-        self._paths, self._most = paths, most
+    def __init__(self, paths: Sequence[Path], most: int | None = None) -> None:
+        self._paths, self._most = paths, MOST if most is None else most
         self._open: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -48,7 +48,9 @@ class ShardSource:
         rows = writer.rows(shards.length)
         there = np.arange(len(shards)) if chosen is None else chosen
         for i in there[rows[there] < 1]:
-            errors.add(name, shards.key(int(i)), "empty: it has no row")
+            is_broken = (shards.length[i] < 0).any()
+            what = "broken: its length cannot be read" if is_broken else "empty: it has no row"
+            errors.add(name, shards.key(int(i)), what)
         self._place = there[rows[there] >= 1]
         if not len(self._place):
             raise DataError(f"{name}: none of the {len(shards)} samples has a row")

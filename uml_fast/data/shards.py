@@ -221,7 +221,7 @@ def _split_in(folder: Path, split: str | None) -> tuple[dict[str, Any], str, lis
         shards = [(str(s["file"]), int(s["bytes"]), s["sha256"]) for s in splits[split]["shards"]]
         if not (shards and isinstance(manifest["class_names"], list)):
             raise TypeError("its shards or its classes")
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
         raise DataError(f"{folder / MANIFEST} lacks {e}; prepare the data again") from e
     return manifest, split, shards
 
@@ -301,6 +301,8 @@ def _checked(shards: ShardSet) -> ShardSet:
     sizes = np.array([p.stat().st_size for p in shards.paths], np.int64)
     if len(index) and (index.shard.min() < 0 or index.shard.max() >= len(sizes)):
         raise DataError(f"the index names shards beyond {shards.paths[-1]}; prepare the data again")
+    if len(index) and index.extension.max() >= len(index.extensions):
+        raise DataError(f"the index of {shards.paths[0]} is broken; prepare the data again")
     beyond = np.flatnonzero(
         (index.offset < 0) | (index.size < 0) | (index.offset + index.size > sizes[index.shard])
     )
