@@ -33,7 +33,7 @@ from uml_fast.trace import Trace
 
 _SLOT_BYTES = 256 << 20
 """Memory for the packs of a loader, on the host and again on a device of its own."""
-_MOST_SLOTS = 16
+_MOST_SLOTS = 32
 
 
 def streams_of(
@@ -65,7 +65,7 @@ def layouts_of(
 
 
 def look_ahead(layouts: Sequence[Layout]) -> int:
-    """Slots of a loader: as many of the largest pack as the memory for them holds, 2 to 16.
+    """Slots of a loader: as many of the largest pack as the memory for them holds, 2 to 32.
 
     Measured in docs/design.md: slots beyond those that jitter needs cost nothing but memory.
     """
