@@ -125,10 +125,15 @@ class MixConfig:
     """Length of the warm-up in epochs of the modality that goes first (policy warmup)."""
     warmup_first: Literal["auxiliary", "target"] = "auxiliary"
     """auxiliary: the order of the authors' release; target: the order the paper describes."""
+    stop_with: str | None = None
+    """Modality whose end is the trial's, before ``steps``; every other one starts again."""
+    stop_epochs: float = 1.0
+    """Epochs of ``stop_with``; the pack in which they end is the last (the schedule is not cut)."""
 
     def __post_init__(self) -> None:
         require(self.token_budget >= 1, f"mix.token_budget is {self.token_budget}; it must be >= 1")
         require(self.warmup_epochs >= 0, "mix.warmup_epochs must not be negative")
+        require(self.stop_epochs > 0, "mix.stop_epochs must be positive")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,6 +265,11 @@ class RunConfig:
         )
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be >= 1")
         require(len(self.modes) >= 1, "modes is empty; name unimodal, uml or both")
+        stop_with = self.mix.stop_with
+        require(
+            stop_with is None or stop_with in names,
+            f"mix.stop_with is {stop_with!r}; it must be one of the modalities {names}",
+        )
         self._check_metric()
         unknown = set(self.objective.project) - set(names)
         require(
@@ -307,7 +317,9 @@ class RunConfig:
         alone = (self.modality(self.target),)
         project = tuple(n for n in self.objective.project if n == self.target)
         objective = dataclasses.replace(self.objective, project=project, init_head_from=None)
-        return dataclasses.replace(self, modalities=alone, objective=objective)
+        stop_with = self.mix.stop_with if self.mix.stop_with == self.target else None
+        mix = dataclasses.replace(self.mix, stop_with=stop_with)
+        return dataclasses.replace(self, modalities=alone, objective=objective, mix=mix)
 
 
 def _check_finite(value: Any, name: str = "") -> None:

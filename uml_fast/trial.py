@@ -191,7 +191,8 @@ class Trial:
             self._resume(loader)
             log.begin(self.mode, self.seed, resumed_step=self.step)
             meter = Meter(self.model, config, self.task.train, loader, self.device)
-            while self.step < config.steps and not self._is_patience_over():
+            is_over = self._is_over(loader)
+            while not (is_over or self._is_patience_over()):
                 with span(trace, "wait for a pack"):
                     batch, _ = next(loader)
                 with span(trace, "step", step=self.step + 1):
@@ -200,7 +201,7 @@ class Trial:
                     (self.step, result.loss, batch.layout, batch.sample_S.clone())
                 )
                 self.step += 1
-                is_last = self.step == config.steps
+                is_last = is_over = self._is_over(loader)
                 is_logged = is_last or self._is_due(config.log_every)
                 if is_logged or self.device.type == "cpu":
                     self._check_finite()
@@ -228,6 +229,14 @@ class Trial:
             shares=shares_of(self.config), target=self.config.target, device=self.device,
             rank=self.ranks.rank, world=self.ranks.world,
         )  # fmt: skip
+
+    def _is_over(self, loader: Loader) -> bool:
+        """Whether all steps are done, or the modality that the trial stops with has ended."""
+        mix = self.config.mix
+        seen = loader.epochs() if mix.stop_with else {}
+        if self.step == self.config.steps or mix.stop_with not in seen:
+            return self.step == self.config.steps
+        return not self.ranks.any(seen[mix.stop_with] < mix.stop_epochs)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
