@@ -17,11 +17,13 @@ import torch
 from tests.on_ranks import end_ranks, run_ranks, start_ranks
 from tests.tiny import tiny, tiny_prediction
 from uml_fast import cli, train, trial
+from uml_fast.checkpoint import CheckpointError
 from uml_fast.config import OptimConfig, RunConfig
 from uml_fast.data.packs import assemble
 from uml_fast.distributed import ALONE, Ranks, RanksError, join_ranks
 from uml_fast.meter import Lap, combine
 from uml_fast.pack import Layout, PackedBatch, Region
+from uml_fast.schedule import STATE_HEADER
 from uml_fast.step import TrainStep
 from uml_fast.trial import Trial, build_model
 
@@ -222,6 +224,7 @@ def test_a_rank_that_is_asked_to_stop_stops_all_and_the_run_goes_on(tmp_path: Pa
     assert run_ranks(train_with, 2, tmp_path / "c", whole, None, 0, 0) == [0, 0]
     other = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in lines] == [r["loss"] for r in other]
+    assert {r["ranks"] for r in lines} == {2}
     assert [r.get("val") for r in lines] == [r.get("val") for r in other]
     assert "report:" in (tmp_path / "c-0").read_text()
     assert (tmp_path / "c-1").read_text() == ""
@@ -264,10 +267,10 @@ def test_a_loss_that_is_not_finite_names_the_samples_of_all_ranks(tmp_path: Path
 def lonely() -> str:
     """Rank 1 does not come to the meeting."""
     try:
-        with join_ranks("cpu", timeout_s=2) as ranks:
+        with join_ranks("cpu", timeout_s=1) as ranks:
             if ranks.rank == 0:
                 ranks.any(True)
-            time.sleep(6)
+            time.sleep(3)
     except RanksError as error:
         return str(error)
     return "waited"
@@ -275,3 +278,14 @@ def lonely() -> str:
 
 def test_a_rank_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
     assert "does not answer" in run_ranks(lonely, 2, tmp_path / "log")[0]
+
+
+def test_a_checkpoint_of_other_data_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    config = dataclasses.replace(run_config(tmp_path), steps=6)
+    made = Trial(config, "uml", 0, tmp_path)
+    with made._loader(None) as loader:
+        state = json.loads(json.dumps(loader.state_dict()))
+        state["planner"][0]["ranks"][0][STATE_HEADER + 1] += 1
+        made._write(state)
+        with pytest.raises(CheckpointError, match=r"other data for image: 41 samples.*--resume"):
+            made._resume(loader)

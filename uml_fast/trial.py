@@ -249,6 +249,8 @@ class Trial:
         if result.grad_norm is not None:
             record["grad_norm"] = float(result.grad_norm)
         lap = combine(self.ranks.gather(meter.lap()))
+        if self.ranks.world > 1:
+            record["ranks"] = self.ranks.world
         return record | lap | {"recompiles": self.train_step.recompiles}
 
     def _check_finite(self) -> None:
@@ -345,7 +347,13 @@ class Trial:
         self.model.load_state_dict(part("model/"))
         self.best_weights, self.best = part("best/"), saved.meta["best"]
         load_optimizer_tensors(self.train_step.optimizer, self.model, part("optimizer/"))
-        loader.load_state_dict(saved.meta["loader"])
+        try:
+            loader.load_state_dict(saved.meta["loader"])
+        except ValueError as e:
+            raise checkpoint.CheckpointError(
+                f"{newest} holds a run that cannot be continued: {e}. Use --resume never to start "
+                "anew, or train with the data it had"
+            ) from e
         self.step = saved.step
         logger.info("%s seed %d: continues at step %d", self.mode, self.seed, self.step)
 
