@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 
 void bind_cpu(pybind11::module_& m);
+void bind_images(pybind11::module_& m);
 void bind_loader(pybind11::module_& m);
 
 PYBIND11_MODULE(_native, m) {
   bind_cpu(m);
+  bind_images(m);
   bind_loader(m);
 }

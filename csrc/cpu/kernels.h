@@ -123,6 +123,14 @@ struct HeadCell {
   bool learns_scale;
 };
 
+// Where files lie: `sizes` bytes from `offsets` on in open files.
+struct JpegBatch {
+  int64_t count;
+  const int32_t* descriptors;
+  const int64_t* offsets;
+  const int64_t* sizes;
+};
+
 struct Kernels {
   const char* name;
 
@@ -209,6 +217,11 @@ struct Kernels {
 
   // The next steps of each cell.
   void (*train_heads)(int threads, const HeadGrid&, const HeadCell* cells, int64_t count);
+
+  // Plain JPEG files of the given size to patches; out: images in turn, each patch after patch of
+  // (patch_height, patch_width, channels). Files that are anything else are left out, and is_read
+  // says so. Returns how many were read.
+  int64_t (*read_jpegs)(const JpegBatch&, PatchShape, uint8_t* out, bool* is_read);
 };
 
 // The kernels in use: the widest this processor runs, unless use_kernels chose others.

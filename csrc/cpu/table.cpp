@@ -29,6 +29,7 @@ const Kernels kernel_table = {
     .text_stem_fwd = text_stem_fwd,
     .log_mel = log_mel,
     .train_heads = train_heads,
+    .read_jpegs = read_jpegs,
 };
 
 }  // namespace uml::UML_ARCH

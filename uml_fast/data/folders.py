@@ -12,11 +12,13 @@ from uml_fast.config import ConfigError, DataConfig, ModalityConfig, RunConfig, 
 from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Backend, decode_of
+from uml_fast.data.direct import DirectImages
 from uml_fast.data.held_out import hold_out
 from uml_fast.data.rows import rows_of
 from uml_fast.data.shard_source import ShardSource
 from uml_fast.data.shards import ShardSet, splits_of
 from uml_fast.data.source import DataError, Source, Task, for_evaluation, say_once
+from uml_fast.modalities.image import ImageConfig
 
 _FEW_TESTS = 20
 """Test samples below which the numbers are said to mean little."""
@@ -112,9 +114,13 @@ class FoldersConfig(DataConfig):
                 what = f"label {shards.label[i]} is no class of the training samples"
                 errors.add(config.name, shards.key(int(i)), what)
             decode, writer = decode_of(config, self.backend), rows_of(config, self.augment)
+            direct = None
+            if isinstance(config, ImageConfig) and self.backend == "webdataset":
+                direct = DirectImages(config)
             return ShardSource(
-                config.name, shards, decode, writer, errors, seed, labels, there[~unknown]
-            )
+                config.name, shards, decode, writer, errors, seed, labels, there[~unknown],
+                direct,
+            )  # fmt: skip
 
         config = next(m for m in modalities if m.name == target)
         own, validation, test = self._held_out(train[target], target)

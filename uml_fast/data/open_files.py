@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 _LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 MOST = 1024 if _LIMIT < 0 else max(16, min(1024, _LIMIT // 8))
 """Files of a set that are open at a time: an eighth of what the process may, as a run has several
@@ -55,6 +57,16 @@ class OpenFiles:
         # holding the file keeps it open, whatever other threads close meanwhile
         file = self._file(number)
         return os.pread(file.descriptor, size, offset)
+
+    def hold(self, numbers: np.ndarray) -> tuple[list[object], np.ndarray]:
+        """The int32 descriptors of files, and what keeps them open while it lives. Any thread may.
+
+        Raises:
+            OSError: a file cannot be opened.
+        """
+        unique, inverse = np.unique(numbers, return_inverse=True)
+        files = [self._file(int(number)) for number in unique]
+        return [*files], np.array([f.descriptor for f in files], np.int32)[inverse]
 
     def close(self) -> None:
         """Close the files; a later ``read`` opens them again."""

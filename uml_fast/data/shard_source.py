@@ -9,6 +9,7 @@ import numpy as np
 from uml_fast.data.augment.draws import Draws, visit_keys
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Decode, DecodeError
+from uml_fast.data.direct import DirectImages
 from uml_fast.data.reading import my_reading
 from uml_fast.data.rows import Rows
 from uml_fast.data.shards import ShardSet
@@ -27,6 +28,7 @@ class ShardSource:
         seed: with modality, epoch and place in the shards, it decides how a sample is augmented.
         labels: int32 (n,) class of each sample of ``shards``; None: as they stand there.
         chosen: int64 samples of ``shards`` that there are; None: all.
+        direct: reads most samples without ``decode`` and ``writer``, where none is augmented.
 
     Raises:
         DataError: the shards hold another kind of sample, or none that has a row.
@@ -42,6 +44,7 @@ class ShardSource:
         seed: int = 0,
         labels: np.ndarray | None = None,
         chosen: np.ndarray | None = None,
+        direct: DirectImages | None = None,
     ) -> None:
         if shards.kind != writer.kind:
             raise DataError(f"{name}: the shards hold {shards.kind}, this takes {writer.kind}")
@@ -56,7 +59,7 @@ class ShardSource:
             raise DataError(f"{name}: none of the {len(shards)} samples has a row")
         self.name = name
         self._shards, self._decode, self._writer, self._errors = shards, decode, writer, errors
-        self._seed = seed
+        self._seed, self._direct = seed, direct
         self.offsets = np.concatenate([[0], np.cumsum(rows[self._place])]).astype(np.int64)
         given = shards.label if labels is None else labels
         self.labels = given[self._place].astype(np.int32)
@@ -101,15 +104,25 @@ class ShardSource:
         Raises:
             DataError: too many samples of the run cannot be decoded.
         """
-        arrays = self._decoded(samples)
+        samples = np.asarray(samples, np.int64)
+        is_augmented = epochs is not None and self._writer.is_augmenting
+        ends = np.cumsum(self.lengths_of(samples))
+        if self._direct is None or is_augmented or not len(samples):
+            left = range(len(samples))
+        else:
+            my_reading().enter("decode", 0)
+            is_read = self._direct.read(self._shards, self._place[samples], out[: ends[-1]])
+            left = np.flatnonzero(~is_read).tolist()
+            if not left:
+                return []
+        arrays = self._decoded(samples, left)
         keys: Sequence[int] = ()
-        if epochs is not None and self._writer.is_augmenting:
+        if epochs is not None and is_augmented:
             keys = visit_keys(self._seed, self.name, epochs, self._place[samples])
         rejected = []
-        at = 0
-        for place, i in enumerate(samples):
-            end = at + int(self.offsets[i + 1] - self.offsets[i])
-            array = arrays[place]
+        for place, array in zip(left, arrays, strict=True):
+            i, end = samples[place], int(ends[place])
+            at = end - int(self.offsets[i + 1] - self.offsets[i])
             try:
                 if isinstance(array, Exception):
                     raise array
@@ -117,24 +130,23 @@ class ShardSource:
             except (DecodeError, DataError) as e:
                 self._errors.add(self.name, self.key(int(i)), str(e))
                 rejected.append(place)
-            at = end
         return rejected
 
     def _decoded(
-        self, samples: Sequence[int] | np.ndarray
+        self, samples: np.ndarray, places: Sequence[int]
     ) -> list[np.ndarray | DecodeError | DataError]:
-        """The array of each sample, or why there is none."""
+        """The array of the samples at some places, or why there is none."""
         payloads = []
         missing: list[tuple[int, DataError]] = []
         reading = my_reading()
-        for place, i in enumerate(samples):
+        for at, place in enumerate(places):
             reading.enter("read", place)
             try:
-                payloads.append(self._shards.payload(int(self._place[i])))
+                payloads.append(self._shards.payload(int(self._place[samples[place]])))
             except DataError as e:
-                missing.append((place, e))
+                missing.append((at, e))
         reading.enter("decode", 0)
         arrays: list[np.ndarray | DecodeError | DataError] = [*self._decode(payloads)]
-        for place, error in missing:
-            arrays.insert(place, error)
+        for at, error in missing:
+            arrays.insert(at, error)
         return arrays

@@ -148,6 +148,14 @@ class ShardSet:
             )
         return content
 
+    def hold(self, samples: np.ndarray) -> tuple[list[object], np.ndarray]:
+        """The int32 descriptors of the samples' shards, and what keeps them open while it lives.
+
+        Raises:
+            OSError: a shard cannot be opened.
+        """
+        return self._files.hold(self.index.shard[samples])
+
     def verify(self) -> Iterator[str]:
         """Compare every shard with its checksum and its index; yields each fault found."""
         for number, path in enumerate(self.paths):
