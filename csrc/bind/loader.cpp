@@ -272,6 +272,10 @@ void bind_loader(py::module_& m) {
       .def(
           "acquire",
           [](BoundLoader& self, double wait_s, uintptr_t stream) {
+            // A pack that is ready is taken without giving up the GIL, which a reader might keep
+            // for 5 ms, Python's switch interval.
+            const auto slot = self.loader.acquire(0.0, reinterpret_cast<uml::Stream>(stream));
+            if (slot) return slot;
             py::gil_scoped_release nogil;
             return self.loader.acquire(wait_s, reinterpret_cast<uml::Stream>(stream));
           },
@@ -279,7 +283,6 @@ void bind_loader(py::module_& m) {
       .def(
           "release",
           [](BoundLoader& self, int slot, uintptr_t stream) {
-            py::gil_scoped_release nogil;
             self.loader.release(slot, reinterpret_cast<uml::Stream>(stream));
           },
           py::arg("slot"), py::arg("stream") = 0)
