@@ -2,13 +2,12 @@
 
     summed = residual + dropout(input);  normed = summed / sqrt(mean(summed ** 2) + eps) * weight
 
-Legend: T rows, K columns. Dtypes, traffic and what is fused as in add_layer_norm, whose kernels
-these are with the mean and the bias left out when they are compiled; only 1 / rms (T,) is saved.
+Legend: T rows, K columns; dtypes, traffic and what is fused are in add_norm.py. Saved for backward:
+1 / rms (1, T).
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, overload
 
 import torch
@@ -16,12 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from uml_fast.kernels.add_layer_norm import SPEC as LAYER_NORM_SPEC
-from uml_fast.kernels.add_layer_norm import has_one_gradient
-from uml_fast.kernels.backend import Backend, Choice, choose, implementation
-from uml_fast.kernels.checks import check_contiguous, check_floating, check_same, check_shape
-from uml_fast.kernels.dropout import dropout_reference
-from uml_fast.kernels.op import differentiable
-from uml_fast.kernels.rng import check_dropout
+from uml_fast.kernels.add_norm import add_norm, add_norm_bytes, sum_and_norm
+from uml_fast.kernels.backend import Backend
 from uml_fast.kernels.spec import KernelSpec, Shape
 
 NAME = "add_rms_norm"
@@ -32,113 +27,14 @@ def add_rms_norm_reference(
     rng_key: Tensor | None = None, site: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Plain torch definition (normed, summed); differentiable, any floating dtypes."""
-    wide = torch.float64 if torch.float64 in (input.dtype, residual.dtype) else torch.float32
-    branch = input.to(wide)
-    if rng_key is not None and dropout_p > 0:
-        branch = dropout_reference(branch, dropout_p, rng_key, site)
-    summed = residual.to(wide) + branch
-    normed = F.rms_norm(summed, summed.shape[-1:], weight.to(wide), eps)
-    return normed.to(input.dtype), summed.to(residual.dtype)
+
+    def norm(x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+
+    return sum_and_norm(norm, input, residual, dropout_p, rng_key, site)
 
 
-def _fwd(
-    choice: Choice, input: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout_p: float,
-    rng_key: Tensor | None, site: int, return_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(normed, summed or empty, statistics fp32 (1, T): 1 / rms)."""
-    if choice != "reference":
-        outputs: tuple[Tensor, Tensor, Tensor] = implementation(NAME, choice).fwd(
-            input, residual, weight, None, eps, dropout_p, rng_key, site, return_sum
-        )
-        return outputs
-    normed, summed = add_rms_norm_reference(
-        input, residual, weight, eps, dropout_p=dropout_p, rng_key=rng_key, site=site
-    )
-    statistics = input.new_zeros(1, len(input), dtype=torch.float32)
-    return normed, summed if return_sum else residual.new_empty(0), statistics
-
-
-def _bwd(
-    choice: Choice, grad_normed: Tensor, grad_summed: Tensor | None, input: Tensor,
-    residual: Tensor, weight: Tensor, statistics: Tensor, eps: float, dropout_p: float,
-    rng_key: Tensor | None, site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input (empty where it is that of residual), residual and weight."""
-    if choice != "reference":
-        summed = None if grad_summed is None else grad_summed.contiguous()
-        a, b, c, _ = implementation(NAME, choice).bwd(
-            grad_normed.contiguous(), summed, input, residual, weight, statistics, dropout_p,
-            rng_key, site,
-        )  # fmt: skip
-        return residual.new_empty(0) if a is None else a, b, c.to(weight.dtype, copy=True)
-    reference = functools.partial(
-        add_rms_norm_reference, eps=eps, dropout_p=dropout_p, rng_key=rng_key, site=site
-    )
-    pull = torch.func.vjp(reference, input, residual, weight)[1]
-    grads = (grad_normed, torch.zeros_like(residual) if grad_summed is None else grad_summed)
-    a, b, c = pull(grads)
-    shared = has_one_gradient(input, residual, dropout_p)
-    return residual.new_empty(0) if shared else a, b, c
-
-
-@torch.library.custom_op("uml_fast::add_rms_norm_fwd", mutates_args=())
-def _fwd_op(
-    input: Tensor, residual: Tensor, weight: Tensor, eps: float, dropout_p: float,
-    rng_key: Tensor | None, site: int, return_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    choice = choose(NAME, "auto", input, residual)
-    return _fwd(choice, input, residual, weight, eps, dropout_p, rng_key, site, return_sum)
-
-
-@_fwd_op.register_fake
-def _(input, residual, weight, eps, dropout_p, rng_key, site, return_sum):
-    summed = residual.new_empty(residual.shape if return_sum else (0,))
-    statistics = input.new_empty(1, input.shape[0], dtype=torch.float32)
-    return input.new_empty(input.shape), summed, statistics
-
-
-@torch.library.custom_op("uml_fast::add_rms_norm_bwd", mutates_args=())
-def _bwd_op(
-    grad_normed: Tensor, grad_summed: Tensor | None, input: Tensor, residual: Tensor,
-    weight: Tensor, statistics: Tensor, eps: float, dropout_p: float, rng_key: Tensor | None,
-    site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _bwd(
-        choose(NAME, "auto", input, residual), grad_normed, grad_summed, input, residual, weight,
-        statistics, eps, dropout_p, rng_key, site,
-    )  # fmt: skip
-
-
-@_bwd_op.register_fake
-def _(grad_normed, grad_summed, input, residual, weight, statistics, eps, dropout_p, *_):
-    shared = has_one_gradient(input, residual, dropout_p)
-    grads = [t.new_empty(t.shape) for t in (input, residual, weight)]
-    return (residual.new_empty(0) if shared else grads[0], *grads[1:])
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, residual, weight, eps, dropout_p, rng_key, site, ctx.return_sum = inputs
-    ctx.save_for_backward(input, residual, weight, output[2], rng_key)
-    ctx.options = (eps, dropout_p)
-    ctx.site = site
-    ctx.mark_non_differentiable(output[2])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(
-    ctx: Any, grad_normed: Tensor | None, grad_summed: Tensor | None, _: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    *saved, rng_key = ctx.saved_tensors
-    if grad_normed is None:
-        grad_normed = torch.zeros_like(saved[0])
-    summed = grad_summed if ctx.return_sum else None
-    arguments: tuple[Any, ...] = (grad_normed, summed, *saved, *ctx.options, rng_key, ctx.site)
-    a, b, c = _bwd(ctx.choice, *arguments) if ctx.choice else _bwd_op(*arguments)
-    shared = has_one_gradient(saved[0], saved[1], ctx.options[1])
-    return b if shared else a, b, c, *[None] * 5
-
-
-_apply = differentiable("AddRmsNorm", _fwd, _fwd_op, _setup, _backward)
+_norm = add_norm(NAME, add_rms_norm_reference)
 
 
 @overload
@@ -176,23 +72,9 @@ def add_rms_norm(
     Raises:
         TypeError, ValueError: shapes, dtypes or strides that do not fit.
     """
-    check_dropout(NAME, dropout_p, rng_key)
-    check_floating(NAME, input=input, residual=residual, weight=weight)
-    if input.ndim != 2:
-        raise ValueError(f"{NAME}: input is {list(input.shape)}; it must be [rows, columns]")
-    check_same(NAME, "shape", input=input, residual=residual)
-    check_same(NAME, "device", input=input, residual=residual, weight=weight)
-    check_shape(NAME, "weight", weight, tuple(input.shape[1:]))
-    check_contiguous(NAME, input=input, residual=residual, weight=weight)
-    options = (eps, dropout_p, rng_key, site, return_sum)
-    if torch.compiler.is_compiling():
-        normed, summed, _ = _fwd_op(input, residual, weight, *options)
-    elif (choice := choose(NAME, backend, input, residual)) != "reference":
-        normed, summed, _ = _apply(choice, input, residual, weight, *options)
-    else:
-        normed, summed = add_rms_norm_reference(
-            input, residual, weight, eps, dropout_p=dropout_p, rng_key=rng_key, site=site
-        )
+    normed, summed = _norm(
+        backend, input, residual, weight, None, eps, dropout_p, rng_key, site, return_sum
+    )
     return (normed, summed) if return_sum else normed
 
 
@@ -218,5 +100,5 @@ SPEC = KernelSpec(
         "widest row": {"T": 64, "K": 8192, "dropout_p": 0.1},
     },
     flops=lambda s: (5.0 * s["T"] * s["K"], 11.0 * s["T"] * s["K"]),
-    bytes=LAYER_NORM_SPEC.bytes,
+    bytes=add_norm_bytes,
 )

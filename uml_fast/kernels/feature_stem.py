@@ -14,18 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.backend import Backend, Choice, choose, implementation
-from uml_fast.kernels.checks import check_contiguous, check_floating, check_same, check_shape
+from uml_fast.kernels.backend import Backend
+from uml_fast.kernels.checks import check_contiguous, check_same, check_shape
 from uml_fast.kernels.linear_stem import (
-    Gradients,
-    check_deviation,
     check_parameters,
-    empty_gradients,
-    into,
+    check_statistics,
+    linear_stem,
     tokens_reference,
     wide_dtype,
 )
-from uml_fast.kernels.op import differentiable
 from uml_fast.kernels.spec import KernelSpec, Shape
 
 NAME = "feature_stem"
@@ -34,7 +31,7 @@ NAME = "feature_stem"
 def feature_stem_reference(
     rows: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None,
     position_index: Tensor | None, mean: Tensor | None, deviation: Tensor | None,
-    valid: Tensor | None, *, dtype: torch.dtype,
+    valid: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Plain torch definition; differentiable, any floating dtypes."""
     features = rows.to(wide_dtype(dtype))
@@ -45,97 +42,9 @@ def feature_stem_reference(
     return tokens_reference(features, weight, bias, position, position_index, dtype)
 
 
-def _fwd(
-    choice: Choice, rows: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None,
-    position_index: Tensor | None, mean: Tensor | None, deviation: Tensor | None,
-    valid: Tensor | None, dtype: torch.dtype, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Tokens (C, D), in ``out`` if given."""
-    tables = (weight, bias, position, position_index, mean, deviation, valid)
-    tokens: Tensor
-    if choice == "reference":
-        tokens = into(out, feature_stem_reference(rows, *tables, dtype=dtype))
-    else:
-        tokens = implementation(NAME, choice).fwd(rows, *tables, dtype, out)
-    return tokens
-
-
-def _bwd(
-    choice: Choice, grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor,
-    position: Tensor | None, position_index: Tensor | None, mean: Tensor | None,
-    deviation: Tensor | None, valid: Tensor | None,
-) -> Gradients:  # fmt: skip
-    """Gradients of weight, bias and position (empty without one)."""
-    if choice != "reference":
-        grads: Gradients = implementation(NAME, choice).bwd(
-            grad.contiguous(), rows, weight, bias, position, position_index, mean, deviation, valid
-        )
-        return grads
-
-    def tokens(weight: Tensor, bias: Tensor, *table: Tensor) -> Tensor:
-        return feature_stem_reference(
-            rows, weight, bias, table[0] if table else None, position_index, mean, deviation, valid,
-            dtype=grad.dtype,
-        )  # fmt: skip
-
-    pull = torch.func.vjp(tokens, weight, bias, *(() if position is None else (position,)))[1]
-    a, b, *c = pull(grad)
-    return a, b, c[0] if c else weight.new_empty(0)
-
-
-def _choose(backend: Backend, weight: Tensor, dtype: torch.dtype) -> Choice:
-    return choose(NAME, backend, weight.new_empty(0, dtype=dtype))
-
-
-@torch.library.custom_op("uml_fast::feature_stem_fwd", mutates_args=())
-def _fwd_op(
-    rows: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None,
-    position_index: Tensor | None, mean: Tensor | None, deviation: Tensor | None,
-    valid: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    if deviation is not None:
-        check_deviation(NAME, deviation, "feature")
-    return _fwd(
-        _choose("auto", weight, dtype), rows, weight, bias, position, position_index, mean,
-        deviation, valid, dtype,
-    )  # fmt: skip
-
-
-@_fwd_op.register_fake
-def _(rows, weight, bias, position, position_index, mean, deviation, valid, dtype):
-    return rows.new_empty(rows.shape[0], weight.shape[0], dtype=dtype)
-
-
-@torch.library.custom_op("uml_fast::feature_stem_bwd", mutates_args=())
-def _bwd_op(
-    grad: Tensor, rows: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None,
-    position_index: Tensor | None, mean: Tensor | None, deviation: Tensor | None,
-    valid: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _bwd(
-        _choose("auto", weight, grad.dtype), grad, rows, weight, bias, position, position_index,
-        mean, deviation, valid,
-    )  # fmt: skip
-
-
-@_bwd_op.register_fake
-def _(grad, rows, weight, bias, position, *_):
-    return empty_gradients(weight, bias, position)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.inputs = len(inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    arguments = (grad, *ctx.saved_tensors)
-    weight, bias, table = _bwd(ctx.choice, *arguments) if ctx.choice else _bwd_op(*arguments)
-    position = None if ctx.saved_tensors[3] is None else table
-    return None, weight, bias, position, *[None] * (ctx.inputs - 4)
-
-
-_apply = differentiable("FeatureStem", _fwd, _fwd_op, _setup, _backward)
+_stem = linear_stem(
+    NAME, "feature", "Tensor? valid", feature_stem_reference, lambda rows, _: rows.shape[0]
+)
 
 
 def feature_stem(
@@ -180,30 +89,16 @@ def feature_stem(
     if (mean is None) != (deviation is None):
         raise ValueError(f"{NAME}: mean and deviation must both be given, or both None")
     if mean is not None and deviation is not None:
-        check_floating(NAME, mean=mean, deviation=deviation)
-        check_shape(NAME, "mean", mean, (features,))
-        check_shape(NAME, "deviation", deviation, (features,))
-        check_contiguous(NAME, mean=mean, deviation=deviation)
-        check_same(NAME, "device", rows=rows, mean=mean, deviation=deviation)
+        check_statistics(NAME, rows, mean, deviation, features)
     if valid is not None:
         if valid.dtype != torch.bool:
             raise TypeError(f"{NAME}: valid is {valid.dtype}; it must be bool")
         check_shape(NAME, "valid", valid, (count,))
         check_contiguous(NAME, valid=valid)
         check_same(NAME, "device", rows=rows, valid=valid)
-    arguments = (rows, weight, bias, position, position_index, mean, deviation, valid)
-    tokens: Tensor
-    if torch.compiler.is_compiling():
-        tokens = _fwd_op(*arguments, dtype)
-        return tokens
-    if deviation is not None:
-        check_deviation(NAME, deviation, "feature")
-    choice = _choose(backend, weight, dtype)
-    if choice == "reference" and out is None:
-        tokens = feature_stem_reference(*arguments, dtype=dtype)
-    else:
-        tokens = _apply(choice, *arguments, dtype, out)
-    return tokens
+    return _stem(
+        backend, rows, weight, bias, position, position_index, mean, deviation, valid, dtype, out
+    )
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

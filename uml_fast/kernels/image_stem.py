@@ -14,18 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.backend import Backend, Choice, choose, implementation
-from uml_fast.kernels.checks import check_contiguous, check_floating, check_same, check_shape
+from uml_fast.kernels.backend import Backend
+from uml_fast.kernels.checks import check_contiguous
 from uml_fast.kernels.linear_stem import (
-    Gradients,
-    check_deviation,
     check_parameters,
-    empty_gradients,
-    into,
+    check_statistics,
+    linear_stem,
     tokens_reference,
     wide_dtype,
 )
-from uml_fast.kernels.op import differentiable
 from uml_fast.kernels.spec import KernelSpec, Shape
 
 NAME = "image_stem"
@@ -47,115 +44,26 @@ def patches_per_image(pixels: Tensor, patch_height: int, patch_width: int) -> in
 
 def image_stem_reference(
     pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None,
-    position_index: Tensor | None, mean: Tensor, deviation: Tensor, *, patch_size: tuple[int, int],
-    dtype: torch.dtype,
+    position_index: Tensor | None, mean: Tensor, deviation: Tensor, patch_height: int,
+    patch_width: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """Plain torch definition; differentiable, any floating dtypes."""
-    patches = cut(pixels, *patch_size).to(wide_dtype(dtype))
+    patches = cut(pixels, patch_height, patch_width).to(wide_dtype(dtype))
     scale = 1 / (255 * deviation)
     features = torch.addcmul(-mean / deviation, patches, scale).flatten(1)
     if position is not None and position_index is None:
         rows = torch.arange(len(features), device=pixels.device)
-        position_index = rows % patches_per_image(pixels, *patch_size)
+        position_index = rows % patches_per_image(pixels, patch_height, patch_width)
     return tokens_reference(features, weight, bias, position, position_index, dtype)
 
 
-def _fwd(
-    choice: Choice, pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None,
-    position_index: Tensor | None, mean: Tensor, deviation: Tensor, patch_height: int,
-    patch_width: int, dtype: torch.dtype, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """Tokens (C, D), in ``out`` if given."""
-    tables = (weight, bias, position, position_index, mean, deviation)
-    tokens: Tensor
-    if choice != "reference":
-        tokens = implementation(NAME, choice).fwd(
-            pixels, *tables, patch_height, patch_width, dtype, out
-        )
-        return tokens
-    size = (patch_height, patch_width)
-    return into(out, image_stem_reference(pixels, *tables, patch_size=size, dtype=dtype))
+def _rows(pixels: Tensor, patch_height: int, patch_width: int) -> int:
+    return pixels.shape[0] * patches_per_image(pixels, patch_height, patch_width)
 
 
-def _bwd(
-    choice: Choice, grad: Tensor, pixels: Tensor, weight: Tensor, bias: Tensor,
-    position: Tensor | None, position_index: Tensor | None, mean: Tensor, deviation: Tensor,
-    patch_height: int, patch_width: int,
-) -> Gradients:  # fmt: skip
-    """Gradients of weight, bias and position (empty without one)."""
-    if choice != "reference":
-        grads: Gradients = implementation(NAME, choice).bwd(
-            grad.contiguous(), pixels, weight, bias, position, position_index, mean, deviation,
-            patch_height, patch_width,
-        )  # fmt: skip
-        return grads
-
-    def tokens(weight: Tensor, bias: Tensor, *table: Tensor) -> Tensor:
-        return image_stem_reference(
-            pixels, weight, bias, table[0] if table else None, position_index, mean, deviation,
-            patch_size=(patch_height, patch_width), dtype=grad.dtype,
-        )  # fmt: skip
-
-    pull = torch.func.vjp(tokens, weight, bias, *(() if position is None else (position,)))[1]
-    a, b, *c = pull(grad)
-    return a, b, c[0] if c else weight.new_empty(0)
-
-
-def _choose(backend: Backend, weight: Tensor, dtype: torch.dtype) -> Choice:
-    return choose(NAME, backend, weight.new_empty(0, dtype=dtype))
-
-
-@torch.library.custom_op("uml_fast::image_stem_fwd", mutates_args=())
-def _fwd_op(
-    pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None,
-    position_index: Tensor | None, mean: Tensor, deviation: Tensor, patch_height: int,
-    patch_width: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    check_deviation(NAME, deviation, "channel")
-    return _fwd(
-        _choose("auto", weight, dtype), pixels, weight, bias, position, position_index,
-        mean, deviation, patch_height, patch_width, dtype,
-    )  # fmt: skip
-
-
-@_fwd_op.register_fake
-def _(pixels, weight, bias, position, position_index, mean, deviation, patch_height, patch_width,
-      dtype):  # fmt: skip
-    rows = pixels.shape[0] * patches_per_image(pixels, patch_height, patch_width)
-    return pixels.new_empty(rows, weight.shape[0], dtype=dtype)
-
-
-@torch.library.custom_op("uml_fast::image_stem_bwd", mutates_args=())
-def _bwd_op(
-    grad: Tensor, pixels: Tensor, weight: Tensor, bias: Tensor, position: Tensor | None,
-    position_index: Tensor | None, mean: Tensor, deviation: Tensor, patch_height: int,
-    patch_width: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _bwd(
-        _choose("auto", weight, grad.dtype), grad, pixels, weight, bias, position,
-        position_index, mean, deviation, patch_height, patch_width,
-    )  # fmt: skip
-
-
-@_bwd_op.register_fake
-def _(grad, pixels, weight, bias, position, *_):
-    return empty_gradients(weight, bias, position)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.patch_size = inputs[7:9]
-    ctx.inputs = len(inputs)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    arguments = (grad, *ctx.saved_tensors, *ctx.patch_size)
-    weight, bias, table = _bwd(ctx.choice, *arguments) if ctx.choice else _bwd_op(*arguments)
-    position = None if ctx.saved_tensors[3] is None else table
-    return None, weight, bias, position, *[None] * (ctx.inputs - 4)
-
-
-_apply = differentiable("ImageStem", _fwd, _fwd_op, _setup, _backward)
+_stem = linear_stem(
+    NAME, "channel", "int patch_height, int patch_width", image_stem_reference, _rows
+)
 
 
 def image_stem(
@@ -202,26 +110,14 @@ def image_stem(
     for size, patch, axis in zip((height, width), patch_size, ("height", "width"), strict=True):
         if patch < 1 or size < 1 or size % patch:
             raise ValueError(f"{NAME}: patches of {axis} {patch} do not divide the {axis} {size}")
-    rows = pixels.shape[0] * patches_per_image(pixels, *patch_size)
+    rows = _rows(pixels, *patch_size)
     elems = patch_size[0] * patch_size[1] * channels
     check_parameters(NAME, rows, elems, pixels, weight, bias, position, position_index, dtype, out)
-    check_floating(NAME, mean=mean, deviation=deviation)
-    check_shape(NAME, "mean", mean, (channels,))
-    check_shape(NAME, "deviation", deviation, (channels,))
-    check_contiguous(NAME, mean=mean, deviation=deviation)
-    check_same(NAME, "device", pixels=pixels, mean=mean, deviation=deviation)
-    arguments = (pixels, weight, bias, position, position_index, mean, deviation)
-    tokens: Tensor
-    if torch.compiler.is_compiling():
-        tokens = _fwd_op(*arguments, *patch_size, dtype)
-        return tokens
-    check_deviation(NAME, deviation, "channel")
-    choice = _choose(backend, weight, dtype)
-    if choice == "reference" and out is None:
-        tokens = image_stem_reference(*arguments, patch_size=patch_size, dtype=dtype)
-    else:
-        tokens = _apply(choice, *arguments, *patch_size, dtype, out)
-    return tokens
+    check_statistics(NAME, pixels, mean, deviation, channels)
+    return _stem(
+        backend, pixels, weight, bias, position, position_index, mean, deviation, *patch_size,
+        dtype, out,
+    )  # fmt: skip
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

@@ -135,8 +135,8 @@ SPEC = KernelSpec(
         "no row counts": {"C": 5, "D": 8, "V": 4, "predicts": 0.0},
         "one class: gradient zero": {"C": 7, "D": 3, "V": 1},
         "primes, int64": {"C": 37, "D": 13, "V": 17, "ids": torch.int64},
-        "exactly one block of classes": {"C": 20, "D": 8, "V": 4096},
-        "one more class than a block": {"C": 20, "D": 8, "V": 4097},
+        "exactly one block of classes": {"C": 9, "D": 8, "V": 16384},
+        "one more class than a block": {"C": 9, "D": 8, "V": 16385},
         "bytes of text, more rows than a task": {"C": 130, "D": 40, "V": 256},
     },
     benches={

@@ -182,6 +182,30 @@ def _check(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_len: 
     check_offsets(NAME, offsets, len(query), max_len)
 
 
+def _attend(
+    backend: Backend, query: Tensor, key: Tensor | None, value: Tensor | None, offsets: Tensor,
+    max_len: int, is_causal: bool, dropout_p: float, rng_key: Tensor | None, site: int,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    check_dropout(NAME, dropout_p, rng_key)
+    q, k, v = _unpack(query, key, value)
+    _check(q, k, v, offsets, max_len)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    arguments = (
+        query, key, value, offsets, max_len, is_causal, scale, dropout_p, rng_key, site
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        out: Tensor = _fwd_op(*arguments)[0]
+    elif (choice := choose(NAME, backend, query)) != "reference":
+        out = _apply(choice, *arguments)[0]
+    else:
+        out = segment_attention_reference(
+            q, k, v, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p, rng_key=rng_key,
+            site=site, scale=scale,
+        )  # fmt: skip
+    return out
+
+
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, max_len: int, *,
     is_causal: bool = False, dropout_p: float = 0.0, rng_key: Tensor | None = None, site: int = 0,
@@ -207,20 +231,9 @@ def segment_attention(
     Raises:
         TypeError, ValueError: shapes, dtypes, strides or offsets that do not fit.
     """
-    check_dropout(NAME, dropout_p, rng_key)
-    _check(query, key, value, offsets, max_len)
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    options = (max_len, is_causal, scale, dropout_p, rng_key, site)
-    if torch.compiler.is_compiling():
-        out: Tensor = _fwd_op(query, key, value, offsets, *options)[0]
-    elif (choice := choose(NAME, backend, query)) != "reference":
-        out = _apply(choice, query, key, value, offsets, *options)[0]
-    else:
-        out = segment_attention_reference(
-            query, key, value, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p,
-            rng_key=rng_key, site=site, scale=scale,
-        )  # fmt: skip
-    return out
+    return _attend(
+        backend, query, key, value, offsets, max_len, is_causal, dropout_p, rng_key, site, scale
+    )
 
 
 def packed_segment_attention(
@@ -237,21 +250,9 @@ def packed_segment_attention(
             f"{NAME}: qkv is {list(qkv.shape)} of strides {list(qkv.stride())}; it must be "
             "contiguous [rows, 3, heads, head_dim]"
         )
-    check_dropout(NAME, dropout_p, rng_key)
-    query, key, value = qkv.unbind(1)
-    _check(query, key, value, offsets, max_len)
-    scale = qkv.shape[3] ** -0.5 if scale is None else scale
-    options = (max_len, is_causal, scale, dropout_p, rng_key, site)
-    if torch.compiler.is_compiling():
-        out: Tensor = _fwd_op(qkv, None, None, offsets, *options)[0]
-    elif (choice := choose(NAME, backend, qkv)) != "reference":
-        out = _apply(choice, qkv, None, None, offsets, *options)[0]
-    else:
-        out = segment_attention_reference(
-            query, key, value, offsets, max_len, is_causal=is_causal, dropout_p=dropout_p,
-            rng_key=rng_key, site=site, scale=scale,
-        )  # fmt: skip
-    return out
+    return _attend(
+        backend, qkv, None, None, offsets, max_len, is_causal, dropout_p, rng_key, site, scale
+    )
 
 
 def _inputs(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from uml_fast.kernels.add_layer_norm import has_one_gradient
+from uml_fast.kernels.add_norm import has_one_gradient
 from uml_fast.kernels.native.library import CODES, library, mask_arguments
 
 

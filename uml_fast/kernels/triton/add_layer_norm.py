@@ -21,11 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from uml_fast.kernels.add_layer_norm import has_one_gradient
+from uml_fast.kernels.add_norm import has_one_gradient
 from uml_fast.kernels.rng import keep_scale, threshold
-from uml_fast.kernels.triton.column_sum import sum_partials
 from uml_fast.kernels.triton.launch import launch, processors
+from uml_fast.kernels.triton.partial_sum import partial_sum
 from uml_fast.kernels.triton.rng import keep_factors, site_key
+from uml_fast.kernels.triton.rounding import store_rounded
 
 MAX_COLS = 8192
 """Columns of a row that registers hold."""
@@ -88,18 +89,18 @@ def _add_layer_norm_fwd_kernel(
     x = branch + tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
     centred = x
     if not IS_RMS:
-        mean = tl.sum(x, 1, keep_dims=True) / K
+        mean = tl.div_rn(tl.sum(x, 1, keep_dims=True), K * 1.0)  # a plain one is off by two units
         centred = tl.where(col < K, x - mean, 0.0)
         tl.store(statistics_ptr + row, mean, mask=row < T)
         statistics_ptr += T
-    rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1, keep_dims=True) / K + eps)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / K + eps)
     tl.store(statistics_ptr + row, rstd, mask=row < T)
     normed = centred * rstd * tl.load(weight_ptr + col, mask=col < K, other=0.0).to(tl.float32)
     if not IS_RMS:
         normed += tl.load(bias_ptr + col, mask=col < K, other=0.0).to(tl.float32)
-    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+    store_rounded(normed_ptr + at, normed, inside)
     if HAS_SUM:
-        tl.store(summed_ptr + at, x.to(summed_ptr.dtype.element_ty), mask=inside)
+        store_rounded(summed_ptr + at, x, inside)
 
 
 @triton.jit
@@ -142,10 +143,9 @@ def _add_layer_norm_bwd_kernel(
         grad_x *= rstd
         if HAS_SUM:
             grad_x += tl.load(grad_summed_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(grad_residual_ptr + at, grad_x.to(grad_residual_ptr.dtype.element_ty), mask=inside)
+        store_rounded(grad_residual_ptr + at, grad_x, inside)
         if not SHARED:
-            grad_x *= factor
-            tl.store(grad_input_ptr + at, grad_x.to(grad_input_ptr.dtype.element_ty), mask=inside)
+            store_rounded(grad_input_ptr + at, grad_x * factor, inside)
     here = tl.arange(0, BLOCK_K)
     if IS_RMS:
         tl.store(partial_ptr + program * K + here, tl.sum(grad_weight, 0), mask=here < K)
@@ -208,5 +208,5 @@ def bwd(
         HAS_SUM=grad_summed is not None, SHARED=shared, BLOCK_T=c.block_rows,
         BLOCK_K=c.block_cols, STAGES=c.num_stages, num_warps=c.num_warps,
     )  # fmt: skip
-    grad_affine = sum_partials(partial)
+    grad_affine = partial_sum(partial)
     return grad_input, grad_residual, grad_affine[:K], None if is_rms else grad_affine[K:]

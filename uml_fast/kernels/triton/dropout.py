@@ -16,6 +16,7 @@ from torch import Tensor
 from uml_fast.kernels.rng import keep_scale, threshold
 from uml_fast.kernels.triton.launch import launch
 from uml_fast.kernels.triton.rng import keep_factors, keep_mask, site_key
+from uml_fast.kernels.triton.rounding import store_rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ def _dropout_fwd_kernel(
     else:
         kept = keep_mask(key, at // COLS, (at % COLS).to(tl.int32), COLS, threshold)
         factor = tl.where(kept, SCALE, 0.0)
-    tl.store(out_ptr + at, (x * factor).to(out_ptr.dtype.element_ty), mask=at < count)
+    store_rounded(out_ptr + at, x * factor, at < count)
 
 
 def fwd(input: Tensor, p: float, rng_key: Tensor, site: int) -> Tensor:

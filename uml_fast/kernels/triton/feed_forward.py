@@ -29,11 +29,11 @@ import triton.language as tl
 from torch import Tensor
 
 from uml_fast.kernels.rng import keep_scale, threshold
-from uml_fast.kernels.triton.column_sum import sum_partials
 from uml_fast.kernels.triton.dot import dot
 from uml_fast.kernels.triton.launch import arch, launch, processors
+from uml_fast.kernels.triton.partial_sum import partial_sum
 from uml_fast.kernels.triton.rng import keep_mask, site_key
-from uml_fast.kernels.triton.rounding import round_to
+from uml_fast.kernels.triton.rounding import store_rounded
 
 ACTIVATIONS = {"relu": 0, "gelu": 1, "swiglu": 2}
 RELU = tl.constexpr(0)
@@ -168,20 +168,19 @@ def _activate(
     row = tl.arange(0, pre.shape[0])[:, None]
     col = first_unit + tl.arange(0, UNITS)[None, :]
     inside = (row < rows) & (col < N)
-    dtype = hidden_ptr.dtype.element_ty
     if ACTIVATION == RELU:
         hidden = tl.where(pre < 0.0, 0.0, pre)
     elif ACTIVATION == SWIGLU:
         gate, value = tl.split(pre.reshape(pre.shape[0], UNITS, 2))
         at = row * (2 * N) + col
-        tl.store(product_ptr + at, round_to(gate, dtype), mask=inside)
-        tl.store(product_ptr + (at + N), round_to(value, dtype), mask=inside)
+        store_rounded(product_ptr + at, gate, inside)
+        store_rounded(product_ptr + (at + N), value, inside)
         hidden = gate * tl.sigmoid(gate) * value
     else:
-        tl.store(product_ptr + (row * N + col), round_to(pre, dtype), mask=inside)
+        store_rounded(product_ptr + (row * N + col), pre, inside)
         hidden = pre * _normal(pre)[0]
     hidden = _keep(hidden, first_row + row, col, N, key, threshold, SCALE, DROP)
-    tl.store(hidden_ptr + (row * N + col), round_to(hidden, dtype), mask=inside)
+    store_rounded(hidden_ptr + (row * N + col), hidden, inside)
 
 
 @triton.jit
@@ -230,7 +229,6 @@ def _differentiate(
     unit = first_unit + tl.arange(0, grad.shape[1])
     col = unit[None, :]
     inside = (row < rows) & (col < N)
-    dtype = grad_ptr.dtype.element_ty
     at = row * N + col
     grad = tl.where(row < rows, grad, 0.0)
     if ACTIVATION == RELU:
@@ -244,14 +242,14 @@ def _differentiate(
         value = tl.load(saved_ptr + (at + N), mask=inside, other=0.0).to(tl.float32)
         slope = tl.sigmoid(gate)
         grad_value = grad * gate * slope
-        tl.store(grad_ptr + (at + N), round_to(grad_value, dtype), mask=inside)
+        store_rounded(grad_ptr + (at + N), grad_value, inside)
         tl.store(partial_ptr + (unit + N), tl.sum(grad_value, 0), mask=unit < N)
         grad *= value * slope * (1.0 + gate * (1.0 - slope))
     elif ACTIVATION != RELU:
         pre = tl.load(saved_ptr + at, mask=inside, other=0.0).to(tl.float32)
         cdf, density = _normal(pre)
         grad *= cdf + pre * density
-    tl.store(grad_ptr + at, round_to(grad, dtype), mask=inside)
+    store_rounded(grad_ptr + at, grad, inside)
     tl.store(partial_ptr + unit, tl.sum(grad, 0), mask=unit < N)
 
 
@@ -331,4 +329,4 @@ def bwd(
     grad_input = torch.mm(grad, weight_up)
     grad_down = torch.mm(grad_out.t(), hidden)
     grad_bias_down = grad_out.sum(0, dtype=torch.float32)
-    return grad_input, grad_up, sum_partials(partial), grad_down, grad_bias_down
+    return grad_input, grad_up, partial_sum(partial), grad_down, grad_bias_down

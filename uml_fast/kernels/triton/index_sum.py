@@ -19,7 +19,7 @@ from torch import Tensor
 
 from uml_fast.kernels.triton.dot import dot
 from uml_fast.kernels.triton.launch import launch
-from uml_fast.kernels.triton.split_sum import split_count, split_sum
+from uml_fast.kernels.triton.partial_sum import partial_sum, split_count
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,4 +85,4 @@ def fwd(input: Tensor, index: Tensor, size: int) -> Tensor:
         _index_sum_kernel, (*tiles, splits), input, index, partial, C, K, size, per_split,
         BLOCK_P=c.block_entries, BLOCK_K=c.block_cols, BLOCK_C=c.block_rows, num_warps=c.num_warps,
     )  # fmt: skip
-    return split_sum(partial)
+    return partial_sum(partial)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from uml_fast.kernels.log_mel import INT16_SCALE, hann, mel_filters
 from uml_fast.kernels.triton.launch import launch
+from uml_fast.kernels.triton.rounding import store_rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _log_mel_kernel(
     out = (tl.log(total + floor) - mean) / deviation
     at = frame[:, None] * mels + mel[None, :]
     inside = (frame < frames)[:, None] & (mel < mels)[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    store_rounded(out_ptr + at, out, inside)
 
 
 def fwd(

@@ -2,7 +2,9 @@
 
 Bound by memory: product and target are read once, the gradient is written once. Programs own a
 block of columns and walk over row tiles, so the column sums (gradient of the bias) stay in
-registers and leave as one row of partial sums a program; no atomics.
+registers and leave as one row of partial sums a program; no atomics. Rows of the product are read
+and written up to their stride, of whole 16 bytes: a mask at an odd number of columns would make
+every access one element wide. So would a number of columns that is not a constant, for the target.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 from uml_fast.kernels.linear_loss import Outputs
 from uml_fast.kernels.triton.launch import launch, processors
 from uml_fast.kernels.triton.linear_loss import run
+from uml_fast.kernels.triton.rounding import store_rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,37 +48,35 @@ def launch_config(rows: int, cols: int) -> LaunchConfig:
 
 @triton.jit
 def _next_embedding_loss_fwd_kernel(
-    product_ptr, bias_ptr, target_ptr, predicts_ptr, error_ptr, column_ptr, rows, cols, stride,
-    first, shift, HAS_GRAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+    product_ptr, bias_ptr, target_ptr, predicts_ptr, error_ptr, column_ptr, rows, stride, first,
+    shift, COLS: tl.constexpr, HAS_GRAD: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     strip = tl.program_id(0)
     strips = tl.num_programs(0)
     col = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
-    bias = tl.load(bias_ptr + col, mask=col < cols, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + col, mask=col < COLS, other=0.0).to(tl.float32)
     squares = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
     columns = tl.zeros((BLOCK_R, BLOCK_F), tl.float32)
     for tile in range(strip, tl.cdiv(rows, BLOCK_R), strips):
         row = tile * BLOCK_R + tl.arange(0, BLOCK_R)[:, None].to(tl.int64)
         counts = tl.load(predicts_ptr + first + row, mask=row < rows, other=0) != 0
-        inside = counts & (col < cols)
+        inside = counts & (col < COLS)
         at = row * stride + col
-        product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        product = tl.load(product_ptr + at, mask=counts & (col < stride), other=0.0).to(tl.float32)
         target = tl.load(
-            target_ptr + (first + shift + row) * cols + col, mask=inside, other=0.0
+            target_ptr + (first + shift + row) * COLS + col, mask=inside, other=0.0
         ).to(tl.float32)
         error = tl.where(inside, product + bias - target, 0.0)
         squares += error * error
         if HAS_GRAD:
             grad = 2.0 * error
             columns += grad
-            tl.store(
-                product_ptr + at, grad.to(product_ptr.dtype.element_ty),
-                mask=(row < rows) & (col < cols),
-            )  # fmt: skip
+            store_rounded(product_ptr + at, grad, (row < rows) & (col < stride))
     tl.store(error_ptr + strip * tl.num_programs(1) + tl.program_id(1), tl.sum(squares))
     if HAS_GRAD:
-        out = strip * cols + col
-        tl.store(column_ptr + out, tl.sum(columns, 0, keep_dims=True), mask=col < cols)
+        out = strip * COLS + col
+        tl.store(column_ptr + out, tl.sum(columns, 0, keep_dims=True), mask=col < COLS)
 
 
 def fwd(
@@ -94,7 +95,7 @@ def fwd(
         columns = bias.new_empty(c.strips if has_grad else 0, cols, dtype=torch.float32)
         launch(
             _next_embedding_loss_fwd_kernel, (c.strips, blocks), product, bias, target, counts,
-            errors, columns, rows, cols, product.stride(0), first, shift, HAS_GRAD=has_grad,
+            errors, columns, rows, product.stride(0), first, shift, COLS=cols, HAS_GRAD=has_grad,
             BLOCK_R=c.block_rows, BLOCK_F=c.block_cols, num_warps=c.num_warps,
         )  # fmt: skip
         return errors, columns

@@ -20,3 +20,9 @@ def round_to(x, dtype: tl.constexpr):
         even = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, even, bits).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def store_rounded(ptr, x, mask):
+    """Store fp32 x in the dtype of ``ptr``."""
+    tl.store(ptr, round_to(x, ptr.dtype.element_ty), mask=mask)

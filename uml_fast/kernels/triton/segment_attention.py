@@ -71,11 +71,11 @@ def tile_config(
             return None
         return LaunchConfig(min(block_n, 32), block_n, num_warps, 1)
     room = 256 * 64 if direction == "fwd" or arch() >= 90 else 128 * 64
-    if block_n > (128 if is_causal else 256) or block_n * block_d > room:
+    if block_n > (128 if is_causal else 256) or block_n * block_d > room or block_d > 128:
         return None
     if direction == "fwd":
         return LaunchConfig(min(block_n, 64), block_n, num_warps, 1)
-    if block_n * block_d > 64 * 64:
+    if block_n > 128 or block_n * block_d > 64 * 64:
         is_small = block_n <= 128 and block_d <= 64 and arch() >= 90
         return LaunchConfig(64 if is_small else 32, block_n, 8, 1)
     return LaunchConfig(min(block_n, 64 if arch() >= 90 else 32), block_n, num_warps, 1)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from uml_fast.kernels.triton.dot import INTERPRETED
 from uml_fast.kernels.triton.rng import keep_mask
-from uml_fast.kernels.triton.rounding import round_to
+from uml_fast.kernels.triton.rounding import round_to, store_rounded
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def store_tile(ptr, stride, rows, tile, D: tl.constexpr):
     row = tl.arange(0, tile.shape[0])[:, None]
     col = tl.arange(0, tile.shape[1])[None, :]
     inside = (row < rows) & (col < D)
-    tl.store(ptr + row * stride + col, round_to(tile, ptr.dtype.element_ty), mask=inside)
+    store_rounded(ptr + row * stride + col, tile, inside)
 
 
 @triton.jit

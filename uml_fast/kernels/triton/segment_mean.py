@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from uml_fast.kernels.triton.launch import launch, processors
+from uml_fast.kernels.triton.rounding import round_to, store_rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def _segment_mean_fwd_kernel(
         if start == first:
             mean = sums / tl.maximum(length, 1).to(tl.float32)
             at = segment.to(tl.int64) * K + col
-            tl.store(out_ptr + at, mean.to(out_ptr.dtype.element_ty), mask=col < K)
+            store_rounded(out_ptr + at, mean, col < K)
     elif start < last:
         tl.store(partial_ptr + piece.to(tl.int64) * K + col, sums, mask=col < K)
 
@@ -102,7 +103,7 @@ def _segment_mean_fwd_kernel_pieces(
             total += tl.load(partial_ptr + piece * K + col, mask=inside, other=0.0)
         mean = tl.sum(total, 0, keep_dims=True) / length.to(tl.float32)
         at = segment.to(tl.int64) * K + col
-        tl.store(out_ptr + at, mean.to(out_ptr.dtype.element_ty), mask=col < K)
+        store_rounded(out_ptr + at, mean, col < K)
 
 
 @triton.jit
@@ -119,7 +120,7 @@ def _segment_mean_bwd_kernel(
     if start < stop:
         at = segment.to(tl.int64) * K + col
         grad = tl.load(grad_out_ptr + at, mask=col < K, other=0.0).to(tl.float32)
-        grad = (grad / (last - first).to(tl.float32)).to(grad_input_ptr.dtype.element_ty)
+        grad = round_to(grad / (last - first).to(tl.float32), grad_input_ptr.dtype.element_ty)
         for block in range(start, stop, BLOCK_T):
             row = block + tl.arange(0, BLOCK_T)[:, None].to(tl.int64)
             tl.store(grad_input_ptr + row * K + col, grad, mask=(row < stop) & (col < K))
