@@ -30,7 +30,7 @@ help:
 	@echo "make demo   train the two demonstration recipes and write their reports"
 	@echo "make test   C++ and Python tests"
 	@echo "make lint   ruff, clang-format, mypy"
-	@echo "make bench  speed of the ops and of the training step, written to bench/results/"
+	@echo "make bench  speed of the ops the training step and the loader, written to bench/results/"
 	@echo "make clean  remove what was built (.venv and runs/ stay)"
 
 # One thread: networks this small gain nothing from a second one, and lose much to busy neighbours.
@@ -60,6 +60,7 @@ lint: $(INSTALLED) $(TOOLS)
 bench: $(INSTALLED) $(TOOLS)
 	python -m pytest bench/kernels.py
 	python -m pytest bench/step.py
+	python -m pytest bench/loader.py
 	python -m pytest bench/grid.py
 
 clean:

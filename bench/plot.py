@@ -104,6 +104,41 @@ def kernels_table(content: Content) -> str:
     )
 
 
+def loader_table(content: Content) -> str:
+    """Markdown: samples a second of each provider, a line per case, then what whole runs see."""
+    cases: dict[str, dict[str, Any]] = {}
+    runs: dict[str, Any] = {}
+    for row in content["rows"]:
+        if "provider" in row:
+            cases.setdefault(row["case"], {})[row["provider"]] = row
+        else:
+            runs[row["case"]] = row
+    names = list(dict.fromkeys(name for found in cases.values() for name in found))
+    lines = [
+        "| samples/s (uml_fast is times as fast; CPU s per 1,000) | " + " | ".join(names) + " |",
+        "|---|" + "---:|" * len(names),
+    ]
+    for case, found in cases.items():
+        cells = [
+            f"{found[n]['samples_per_s']:,.0f} ({found[n]['ours_times']:.2f}; "
+            f"{found[n]['cpu_s_per_1000']:.3g})" if n in found else "-" for n in names
+        ]  # fmt: skip
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    if row := runs.get("headspace"):
+        lines.append(
+            f"\nTraining `folders` on {row['files']} images, texts and sounds: "
+            f"{row['headspace_pct']:.1f} % of the rate with packs in memory, stall "
+            f"{row['stall_pct']:.2f} %, mix within {row['mix_error_pct']:.2f} % in every 64 packs."
+        )
+    if row := runs.get("memory"):
+        lines.append(f"\nMemory over {row['epochs']} epochs: {row['growth_pct']:+.2f} %.")
+    if row := runs.get("start"):
+        lines.append(
+            f"\nFirst step on {row['samples']:,} images after {row['first_step_s']:.1f} s."
+        )
+    return "\n".join([*lines, "", conditions(content)])
+
+
 def accuracy_table(content: Content) -> str:
     """Markdown: the target's metric of both modes and of the simple methods on the same data."""
     is_error = content["metric"] == "error"
@@ -176,17 +211,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--print", action="store_true", help="print the tables of step and kernels")
     if parser.parse_args(argv).print:
-        for kind, table in (("step", step_table), ("kernels", kernels_table)):
+        for kind, table in (
+            ("step", step_table),
+            ("kernels", kernels_table),
+            ("loader", loader_table),
+        ):
             for content in load(kind):
                 print(f"{table(content)}\n")
         return
     for content in load("step")[:1]:
         plot_step(content, ROOT / "docs" / "img" / "step.svg")
-    tables: dict[str, dict[str, str]] = {"README.md": {}, "docs/kernels.md": {}}
+    tables: dict[str, dict[str, str]] = {
+        "README.md": {}, "docs/kernels.md": {}, "docs/loading.md": {},
+    }  # fmt: skip
     for kind, file, table in (
         ("step", "README.md", step_table),
         ("factors", "README.md", factors_table),
         ("kernels", "docs/kernels.md", kernels_table),
+        ("loader", "docs/loading.md", loader_table),
     ):
         if found := load(kind):
             tables[file][kind] = "\n\n".join(table(content) for content in found)
