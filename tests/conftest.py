@@ -92,3 +92,11 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(error))
     yield request.param
     cpu.use_instruction_set(default)
+
+
+@pytest.fixture(params=["webdataset", "dali"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """What decodes: each backend of ``uml_fast.data.decode``."""
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
+    return str(request.param)

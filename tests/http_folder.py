@@ -21,6 +21,9 @@ class Faults:
         """File -> status codes of its next answers."""
         self.cuts: dict[str, list[int]] = {}
         """File -> bytes after which its next answers are cut."""
+        self.stalled: set[str] = set()
+        """Files whose answers stay open behind the cut until the server ends."""
+        self.end = threading.Event()
         self.lock = threading.Lock()
 
 
@@ -58,6 +61,9 @@ def serving(folder: Path) -> Iterator[tuple[str, Faults]]:
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             self.wfile.write(content[start:cut])
+            if name in faults.stalled:
+                self.wfile.flush()
+                faults.end.wait()
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -65,6 +71,7 @@ def serving(folder: Path) -> Iterator[tuple[str, Faults]]:
     try:
         yield f"http://127.0.0.1:{server.server_port}", faults
     finally:
+        faults.end.set()
         server.shutdown()
         thread.join()
         server.server_close()

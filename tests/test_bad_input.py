@@ -38,13 +38,6 @@ WORDS = TextConfig(name="text", vocabulary=256, positions=40)
 NUMBERS = FeaturesConfig(name="features", size=3)
 
 
-@pytest.fixture(params=["webdataset", "dali"])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    if request.param == "dali":
-        pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

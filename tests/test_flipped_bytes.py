@@ -14,7 +14,7 @@ from tests.made_files import image, run, sound, tar, write
 from tests.test_bad_input import IMAGE, NUMBERS, SOUND, WORDS, array
 from uml_fast.config import MixConfig, ModalityConfig
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import decode_of
+from uml_fast.data.decode import Backend, decode_of
 from uml_fast.data.loader import Loader, layouts_of
 from uml_fast.data.rows import rows_of
 from uml_fast.data.shard_source import ShardSource
@@ -55,12 +55,14 @@ def changed(content: bytes, rng: np.random.Generator) -> bytes:
     return data.tobytes()
 
 
-def read_all(shards: ShardSet, config: ModalityConfig) -> tuple[int, int]:
+def read_all(
+    shards: ShardSet, config: ModalityConfig, backend: Backend = "webdataset"
+) -> tuple[int, int]:
     """Read an epoch and more with the loader, and each sample once; samples kept, samples named."""
     errors = DataErrors(10_000)
     with shards:
         source = ShardSource(
-            config.name, shards, decode_of(config), rows_of(config), errors, seed=0
+            config.name, shards, decode_of(config, backend), rows_of(config), errors, seed=0
         )
         mix = MixConfig(token_budget=max(64, 2 * int(source.lengths.max())))
         with Loader((source,), layouts_of((source,), mix), mix, 0, slots=2, timeout_s=20) as loader:
@@ -75,9 +77,14 @@ def read_all(shards: ShardSet, config: ModalityConfig) -> tuple[int, int]:
     return kept, len(errors)
 
 
-def outcome(open_it: Callable[[], ShardSet], config: ModalityConfig, name: str) -> str:
+def outcome(
+    open_it: Callable[[], ShardSet],
+    config: ModalityConfig,
+    name: str,
+    backend: Backend = "webdataset",
+) -> str:
     try:
-        _, errors = read_all(open_it(), config)
+        _, errors = read_all(open_it(), config, backend)
     except DataError as e:
         assert name in str(e) or config.name in str(e), str(e)
         return "refused"
@@ -114,16 +121,20 @@ def prepared(kind: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prepared_shards_whose_index_is_whole(kind: str, tmp_path: Path):
+def test_prepared_shards_whose_index_is_whole(kind: str, backend: Backend, tmp_path: Path):
     config = KINDS[kind][0]
     out = prepared(kind, tmp_path)
+
+    def opened() -> ShardSet:
+        return ShardSet.open(out, "train")
+
     path = out / "train-000000.tar"
     whole = path.read_bytes()
     rng = np.random.default_rng(1 + sum(map(ord, kind)))
     seen = []
     for _ in range(SHARDS):
         path.write_bytes(flipped(whole, rng))
-        seen.append(outcome(lambda: ShardSet.open(out, "train"), config, "train-000000.tar"))
+        seen.append(outcome(opened, config, "train-000000.tar", backend))
     assert {"refused", "named"} <= set(seen), seen
     path.write_bytes(whole)
     with ShardSet.open(out, "train") as shards:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,28 @@ def test_processes_that_want_the_same_shard_run_its_command_once(tars: Path, tmp
         p.join()
     assert [p.exitcode for p in others] == [0, 0, 0]
     assert (tmp_path / "ran").read_text() == "x\n"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_process_that_was_killed_while_it_fetched_is_continued(tars: Path, tmp_path: Path):
+    cache = tmp_path / "c"
+    with serving(tars) as (url, faults):
+        faults.cuts["000.tar"] = [1100]
+        faults.stalled.add("000.tar")
+        fork = multiprocessing.get_context("fork")
+        other = fork.Process(target=_fetch_pipe, args=(url + "/000.tar", cache))
+        other.start()
+        end = time.monotonic() + 30
+        while sum(p.stat().st_size for p in cache.rglob("*.part")) < 1100:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        other.kill()
+        other.join()
+        faults.stalled.clear()
+        with ShardSet.open(url + "/000.tar", cache=cache) as shards:
+            assert same(shards, 2)
+        assert faults.ranges == ["000.tar 1100"]
+        assert not [*cache.rglob("*.part*")]
 
 
 def test_inspect_shows_shards_from_a_url(prepared: Path, capsys):

@@ -38,6 +38,8 @@ _CHUNK = 1 << 20
 _TIMEOUT_S = 30.0
 """Seconds without a byte after which a connection counts as cut."""
 _POLL_S = 0.1
+_JOIN_S = 5.0
+"""Seconds that threads have to end; one whose command hangs ends with the process."""
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}
 """HTTP status codes after which the same request may succeed."""
 _MIB = 1 << 20
@@ -96,8 +98,9 @@ def fetch_all(wanted: Sequence[Wanted], *, is_quiet: bool = False) -> None:
             progress.file()
     finally:
         stop.set()
+        end = time.monotonic() + _JOIN_S
         for thread in threads:
-            thread.join(5)  # a command in a pipe may hang; the thread ends with the process then
+            thread.join(max(0.0, end - time.monotonic()))
     if not is_quiet and missing[0].is_tar:
         progress.end()
 
@@ -150,9 +153,10 @@ def _download(w: Wanted, file: BinaryIO, progress: _Progress, stop: threading.Ev
         with _local(w):
             file.truncate(at)
         progress.at(w.url, at)
+        read = getattr(stream, "read1", stream.read)  # what has come, not a whole chunk
         while not stop.is_set():
             try:
-                chunk = stream.read(_CHUNK)
+                chunk = read(_CHUNK)
             except (OSError, http.client.HTTPException) as e:
                 raise _Again(f"it was cut after {at:,} bytes: {_reason(e)}") from e
             if not chunk:
@@ -313,7 +317,7 @@ class _Progress:
     def end(self) -> None:
         """All are there."""
         took = duration(time.monotonic() - self.start)
+        files = "1 file" if self.files == 1 else f"{self.files:,} files"
         self.status.note(
-            f"fetched {self.files:,} files, {self.fetched / _MIB:,.1f} MiB in {took}, "
-            f"to {self.folder}"
+            f"fetched {files}, {self.fetched / _MIB:,.1f} MiB in {took}, to {self.folder}"
         )

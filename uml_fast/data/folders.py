@@ -191,6 +191,12 @@ class FoldersConfig(DataConfig):
                     f"data.same: {pair}: the left must be a class of some modality, the right one "
                     f"of {target}'s: {', '.join(first)}"
                 )
+        for modality, shards in train.items():
+            if not shards.class_names and len(_names(shards)) and len(train) > 1:
+                say_once(
+                    f"{modality}: its shards number their classes without a manifest that names "
+                    "them; they are called 0, 1, ...: data.same 0=NAME says which are the same"
+                )
         others = [self._renamed(n) for s in train.values() for n in _names(s)]
         return tuple(dict.fromkeys([*first, *others]))
 
