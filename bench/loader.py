@@ -282,6 +282,6 @@ def test_run(case: str, rows: list[dict[str, Any]]) -> None:
         cwd=harness.ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for line in done.stdout.splitlines():
+    for line in (x for x in done.stdout.splitlines() if x.startswith("{")):
         row = {"case": case, "threads": by.THREADS, **json.loads(line)}
         rows.append({**row, "load_before": load_before})
