@@ -248,6 +248,19 @@ void bind_cpu(py::module_& module) {
       },
       nogil);
   m.def(
+      "narrow_squared_error",
+      [](int threads, int dtype, int target_dtype, int64_t rows, int64_t width, int64_t features,
+         Address hidden, Address weight, Address bias, Address target, Address counts,
+         Address grad_hidden, Address grad_weight, Address grad_bias, Address totals) {
+        kernels().narrow_squared_error(
+            threads,
+            {rows, width, features, static_cast<DType>(dtype), static_cast<DType>(target_dtype),
+             at<const void>(hidden), at<const void>(weight), at<const float>(bias),
+             at<const void>(target), at<const uint8_t>(counts), at<void>(grad_hidden),
+             at<float>(grad_weight), at<float>(grad_bias), at<double>(totals)});
+      },
+      nogil);
+  m.def(
       "cross_entropy",
       [](int threads, int dtype, int64_t rows, int64_t cols, Address product, Address counts,
          Address bias_grad, Address totals, Address bias, bool ids_are_64_bit, Address ids) {

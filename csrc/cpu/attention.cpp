@@ -8,7 +8,6 @@
 //   backward  dP^T = V dO^T,  dV = P^T dO,  dK = dS^T Q,  dQ^T = K^T dS^T
 // bf16 is multiplied in pairs where the processor can (with P and dS rounded to bf16), else in
 // fp32.
-#include <type_traits>
 
 #include "attention_softmax.h"
 #include "kernel_parts.h"
@@ -259,15 +258,6 @@ void bwd_task(const AttentionShape& shape, const Task& t, const T* grad_out, con
   write_rows(dk, LP, L, D, grad_key + grad_at, grad_stride);
   write_rows(dv, LP, L, D, grad_value + grad_at, grad_stride);
 }
-
-// Words for elements of type T.
-#if defined(__AVX512BF16__)
-template <class T>
-using OpOf = std::conditional_t<std::is_same_v<T, bf16>, Pairs, Singles>;
-#else
-template <class T>
-using OpOf = Singles;
-#endif
 
 constexpr int64_t kShort = 64;         // rows of a short segment
 constexpr int64_t kTasksPerChunk = 8;  // of MOSI's shape about 20 us

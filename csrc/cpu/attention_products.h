@@ -7,6 +7,8 @@
 //   C  panels of kWidth columns: [panel][row][kWidth] of fp32.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace uml::UML_ARCH {
@@ -39,6 +41,15 @@ struct Pairs {
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
   }
 };
+#endif
+
+// Words for elements of type T.
+#if defined(__AVX512BF16__)
+template <class T>
+using OpOf = std::conditional_t<std::is_same_v<T, bf16>, Pairs, Singles>;
+#else
+template <class T>
+using OpOf = Singles;
 #endif
 
 // Rows of a register tile of `cols` vectors: accumulators, columns and one broadcast fill the

@@ -37,6 +37,7 @@ void attention_bwd(int threads, AttentionShape, const void* grad_out, const void
                    void* grad_key, void* grad_value, int64_t grad_stride, Dropout);
 void squared_error(int threads, LossChunk, const float* bias, DType target_dtype,
                    const void* target);
+void narrow_squared_error(int threads, const NarrowLoss& loss);
 void cross_entropy(int threads, LossChunk, const float* bias, bool ids_are_64_bit, const void* ids);
 void segment_mean_fwd(int threads, DType, const void* input, const int32_t* offsets,
                       int64_t segments, int64_t cols, void* out);

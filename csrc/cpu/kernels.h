@@ -50,6 +50,24 @@ struct LossChunk {
   double* totals;         // the sum of errors and the number of rows that count are added
 };
 
+// A linear layer of few inputs and outputs, and its squared error.
+struct NarrowLoss {
+  int64_t rows;
+  int64_t width;     // of hidden
+  int64_t features;  // of the prediction
+  DType dtype;       // hidden, weight (features, width) and grad_hidden
+  DType target_dtype;
+  const void* hidden;
+  const void* weight;
+  const float* bias;
+  const void* target;
+  const uint8_t* counts;  // as in LossChunk
+  void* grad_hidden;      // gradients are of the sum of errors; null: not needed
+  float* grad_weight;     // null: neither this nor grad_bias is needed
+  float* grad_bias;
+  double* totals;  // as in LossChunk
+};
+
 struct TextShape {
   int64_t rows;
   int64_t cols;
@@ -198,6 +216,7 @@ struct Kernels {
   // Error of a row: its squared distance to target. product + bias is the prediction.
   void (*squared_error)(int threads, LossChunk, const float* bias, DType target_dtype,
                         const void* target);
+  void (*narrow_squared_error)(int threads, const NarrowLoss&);
   // Error of a row: -log softmax(product + bias)[id]. ids of rows that count are in [0, cols).
   void (*cross_entropy)(int threads, LossChunk, const float* bias, bool ids_are_64_bit,
                         const void* ids);

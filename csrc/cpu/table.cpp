@@ -23,6 +23,7 @@ const Kernels kernel_table = {
     .attention_fwd = attention_fwd,
     .attention_bwd = attention_bwd,
     .squared_error = squared_error,
+    .narrow_squared_error = narrow_squared_error,
     .cross_entropy = cross_entropy,
     .segment_mean_fwd = segment_mean_fwd,
     .segment_mean_bwd = segment_mean_bwd,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from uml_fast.kernels.native import next_embedding_loss
 from uml_fast.kernels.triton import launch
 
 
@@ -37,6 +38,14 @@ def _triton_takes_cpu_tensors() -> Iterator[None]:
         return
     with launch.launching(launch_on_gpu, launch.arch(), launch.processors()):
         yield
+
+
+@pytest.fixture(params=["one pass", "chunks"])
+def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the test once with each way in which the CPU multiplies in next_embedding_loss."""
+    most = 1 << 20 if request.param == "one pass" else 0
+    narrow = dict.fromkeys(next_embedding_loss.NARROW, most)
+    monkeypatch.setattr(next_embedding_loss, "NARROW", narrow)
 
 
 @pytest.fixture

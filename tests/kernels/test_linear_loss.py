@@ -60,7 +60,9 @@ def test_incoming_gradients_of_two_backward_passes(spec: KernelSpec, backend: st
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",), ("weight", "bias")])
 @EVERY_LOSS
-def test_some_gradients_alone(spec: KernelSpec, backend: str, wanted: tuple[str, ...]) -> None:
+def test_some_gradients_alone(
+    spec: KernelSpec, backend: str, passes: None, wanted: tuple[str, ...]
+) -> None:
     op = loss(spec, backend)
     every = dict(forward_backward(op, arguments(spec), LEAVES))
     some = forward_backward(op, arguments(spec), wanted)
@@ -72,19 +74,19 @@ def test_some_gradients_alone(spec: KernelSpec, backend: str, wanted: tuple[str,
 @pytest.mark.parametrize("backend", BACKENDS[:2])
 @EVERY_LOSS
 def test_chunks_give_the_same_loss(
-    spec: KernelSpec, backend: str, monkeypatch: pytest.MonkeyPatch
+    spec: KernelSpec, backend: str, passes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Chunks of 64 rows: two whole ones, one more of 64 - 1, one of one row."""
+    """Chunks of 64 rows: two whole ones, one more of 64 - 1, one of one row; several tasks."""
     monkeypatch.setitem(linear_loss.SCRATCH_BYTES, "cpu", 64 * 40 * 4)
     assert linear_loss.chunk_rows(129, 40, 2, 4, "cpu") == 64
-    for rows in (129, 130, 192):
+    for rows in (129, 130, 192, 600):
         inputs = arguments(spec, rows, 2, 40)
         assert_matches(loss(spec, backend), loss(spec, "reference"), inputs, LEAVES)
 
 
 @pytest.mark.native
 @EVERY_LOSS
-def test_threads_give_the_same_bits(spec: KernelSpec, two_threads: None) -> None:
+def test_threads_give_the_same_bits(spec: KernelSpec, two_threads: None, passes: None) -> None:
     inputs = arguments(spec, 300, 16, 40)
     two = forward_backward(loss(spec, "native"), inputs, LEAVES)
     torch.set_num_threads(1)

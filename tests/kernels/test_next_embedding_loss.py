@@ -32,7 +32,7 @@ def arguments(rows: int = 21, width: int = 12, features: int = 10, **change: obj
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("target", [torch.float32, torch.bfloat16], ids=str)
 def test_matches(
-    instruction_set: str, features: int, dtype: torch.dtype, target: torch.dtype
+    instruction_set: str, passes: None, features: int, dtype: torch.dtype, target: torch.dtype
 ) -> None:
     inputs = arguments(70, 24, features)
     inputs["hidden"], inputs["target"] = inputs["hidden"].to(dtype), inputs["target"].to(target)
@@ -41,7 +41,7 @@ def test_matches(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shift", [0, 1, 3])
-def test_is_the_mean_over_rows_that_predict(backend: str, shift: int) -> None:
+def test_is_the_mean_over_rows_that_predict(backend: str, passes: None, shift: int) -> None:
     """By hand: no masks, the rows that count alone."""
     x = arguments(shift=shift)
     rows = [i for i in range(21 - shift) if x["predicts"][i]]
@@ -51,7 +51,7 @@ def test_is_the_mean_over_rows_that_predict(backend: str, shift: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_a_row_that_does_not_count_has_no_effect(backend: str) -> None:
+def test_nan_in_a_row_that_does_not_count_has_no_effect(backend: str, passes: None) -> None:
     op = functools.partial(next_embedding_loss, backend=backend)
     x = arguments()
     x["predicts"][4] = False
@@ -63,7 +63,7 @@ def test_nan_in_a_row_that_does_not_count_has_no_effect(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_a_row_that_counts_is_not_hidden(backend: str) -> None:
+def test_nan_in_a_row_that_counts_is_not_hidden(backend: str, passes: None) -> None:
     x = arguments(predicts=torch.ones(21).bool())
     x["target"][5, 3] = torch.nan
     assert next_embedding_loss(**x, backend=backend).isnan()

@@ -39,12 +39,16 @@ def run(
     grad_hidden, grad_weight = multiply_chunks(
         error_pass, hidden, weight, shift, needs_hidden, needs_weight
     )
+    if not needs_weight:
+        grad_bias = bias.new_empty(0)
+    return outputs(totals, per_element, grad_hidden, grad_weight, grad_bias.to(bias.dtype))
+
+
+def outputs(
+    totals: Tensor, per_element: float, grad_hidden: Tensor, grad_weight: Tensor, grad_bias: Tensor
+) -> Outputs:
+    """All outputs, from the gradients and float64 (2,) of the sum of errors and the rows."""
     error, rows = totals.tolist()
     scale = per_element / max(rows, 1)
-    return (
-        torch.tensor(error * scale, dtype=torch.float32),
-        torch.tensor(scale, dtype=torch.float32),
-        grad_hidden,
-        grad_weight,
-        grad_bias.to(bias.dtype) if needs_weight else bias.new_empty(0),
-    )
+    loss = torch.tensor(error * scale, dtype=torch.float32)
+    return loss, torch.tensor(scale, dtype=torch.float32), grad_hidden, grad_weight, grad_bias
