@@ -126,10 +126,14 @@ def sdpa_loop(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, is_causal: bool = False,
     dropout_p: float = 0.0, **_: Any,
 ) -> Tensor:  # fmt: skip
-    """F.scaled_dot_product_attention of each segment; lengths are known to the host."""
+    """F.scaled_dot_product_attention of each segment; lengths are known to the host.
+
+    Split and not sliced: the backward of a slice fills a gradient of the whole input with zeros.
+    """
+    lengths = [end - start for start, end in itertools.pairwise(offsets.tolist())]
     out = []
-    for start, end in itertools.pairwise(offsets.tolist()):
-        q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    for parts in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in parts)
         mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)
         out.append(mixed[0].transpose(0, 1))
     return torch.cat(out)
