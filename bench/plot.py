@@ -1,12 +1,12 @@
 """Rows to the README's table and plots.
 
-    python -m bench.plot               reads bench/results/{step,factors,kernels,accuracy}_*.json,
-                                       writes docs/img/step.svg and the tables between the markers
-                                       of README.md and docs/kernels.md
-    python -m bench.plot --print       prints the tables of step and kernels instead
+    python -m bench.plot               reads bench/results/{step,factors,kernels,loader,grid,
+                                       accuracy}_*.json, writes docs/img/step.svg and the tables
+                                       between the markers of README.md and docs/*.md
+    python -m bench.plot --print       prints the tables of speed instead
 
 A table goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``: step, factors, kernels,
-or the recipe whose accuracy it shows.
+loader, grid, or the recipe whose accuracy it shows.
 """
 
 from __future__ import annotations
@@ -139,6 +139,23 @@ def loader_table(content: Content) -> str:
     return "\n".join([*lines, "", conditions(content)])
 
 
+def grid_table(content: Content) -> str:
+    """Markdown: a step of one cell, a line for each cost."""
+    cases: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in content["rows"]:
+        cases.setdefault((row["mode"], row["batch"]), {})[row["provider"]] = row
+    lines = [
+        "| cell | a step, us | PyTorch, times as long | under torch.compile |",
+        "|---|---:|---:|---:|",
+    ]
+    for (mode, batch), found in cases.items():
+        lines.append(
+            f"| {mode}, batch {batch} | {1000 * found['uml_fast']['p50_ms']:.0f} | "
+            f"{found['eager']['times_ours']:.1f} | {found['compile']['times_ours']:.1f} |"
+        )
+    return "\n".join([*lines, "", conditions(content)])
+
+
 def accuracy_table(content: Content) -> str:
     """Markdown: the target's metric of both modes and of the simple methods on the same data."""
     is_error = content["metric"] == "error"
@@ -209,12 +226,13 @@ def plot_step(content: Content, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the plot and the documents' tables from the committed rows, or print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--print", action="store_true", help="print the tables of step and kernels")
+    parser.add_argument("--print", action="store_true", help="print the tables of speed")
     if parser.parse_args(argv).print:
         for kind, table in (
             ("step", step_table),
             ("kernels", kernels_table),
             ("loader", loader_table),
+            ("grid", grid_table),
         ):
             for content in load(kind):
                 print(f"{table(content)}\n")
@@ -222,13 +240,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for content in load("step")[:1]:
         plot_step(content, ROOT / "docs" / "img" / "step.svg")
     tables: dict[str, dict[str, str]] = {
-        "README.md": {}, "docs/kernels.md": {}, "docs/loading.md": {},
+        "README.md": {}, "docs/kernels.md": {}, "docs/loading.md": {}, "docs/grid.md": {},
     }  # fmt: skip
     for kind, file, table in (
         ("step", "README.md", step_table),
         ("factors", "README.md", factors_table),
         ("kernels", "docs/kernels.md", kernels_table),
         ("loader", "docs/loading.md", loader_table),
+        ("grid", "docs/grid.md", grid_table),
     ):
         if found := load(kind):
             tables[file][kind] = "\n\n".join(table(content) for content in found)

@@ -14,6 +14,7 @@ from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Backend, decode_of
 from uml_fast.data.direct import DirectImages
 from uml_fast.data.held_out import hold_out
+from uml_fast.data.kept import Room
 from uml_fast.data.rows import rows_of
 from uml_fast.data.shard_source import ShardSource
 from uml_fast.data.shards import ShardSet, splits_of
@@ -49,12 +50,16 @@ class FoldersConfig(DataConfig):
     backend: Backend = "webdataset"
     """What decodes: the library of each format, sample by sample; or NVIDIA DALI in batches (dali),
     JPEG images on the GPU (dali_gpu: pixels differ by some steps)."""
+    keep_mib: int = 512
+    """MiB of memory for decoded training samples, so that small data are decoded once and not each
+    epoch; plain JPEG files, which decode faster than that helps, are not kept. 0: none."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """How training samples are changed, in another way each epoch."""
 
     def __post_init__(self) -> None:
         require(self.shots >= 0, f"data.shots is {self.shots}; it must be >= 0")
         require(self.max_errors >= 0, f"data.max_errors is {self.max_errors}; it must be >= 0")
+        require(self.keep_mib >= 0, f"data.keep_mib is {self.keep_mib}; it must be >= 0")
         for pair in self.same:
             require(pair.count("=") == 1, f"data.same holds {pair!r}; write auxiliary=target names")
 
@@ -104,9 +109,12 @@ class FoldersConfig(DataConfig):
         names = self._class_names(train, target)
         numbers = {name: i for i, name in enumerate(names)}
 
+        room = Room(self.keep_mib << 20)
+
         def source(
-            config: ModalityConfig, shards: ShardSet, chosen: np.ndarray | None = None
-        ) -> ShardSource:
+            config: ModalityConfig, shards: ShardSet, chosen: np.ndarray | None = None,
+            is_training: bool = False,
+        ) -> ShardSource:  # fmt: skip
             labels = self._labels(shards, numbers)
             there = np.arange(len(shards)) if chosen is None else chosen
             unknown = labels[there] == _UNKNOWN
@@ -119,7 +127,7 @@ class FoldersConfig(DataConfig):
                 direct = DirectImages(config)
             return ShardSource(
                 config.name, shards, decode, writer, errors, seed, labels, there[~unknown],
-                direct,
+                direct, room if is_training else None,
             )  # fmt: skip
 
         config = next(m for m in modalities if m.name == target)
@@ -127,7 +135,7 @@ class FoldersConfig(DataConfig):
         if self.shots:
             own = _few(train[target], own, self.shots, seed)
         sources = tuple(
-            source(m, train[m.name], own if m.name == target else None) for m in modalities
+            source(m, train[m.name], own if m.name == target else None, True) for m in modalities
         )
         tested = for_evaluation(source(config, *test), "test")
         _check_classes(run, sources, tested, names)

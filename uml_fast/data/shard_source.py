@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from uml_fast.data.augment.draws import Draws, visit_keys
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import Decode, DecodeError
 from uml_fast.data.direct import DirectImages
+from uml_fast.data.kept import Kept, Room
 from uml_fast.data.reading import my_reading
 from uml_fast.data.rows import Rows
 from uml_fast.data.shards import ShardSet
@@ -29,6 +31,7 @@ class ShardSource:
         labels: int32 (n,) class of each sample of ``shards``; None: as they stand there.
         chosen: int64 samples of ``shards`` that there are; None: all.
         direct: reads most samples without ``decode`` and ``writer``, where none is augmented.
+        room: memory for samples that ``decode`` decoded; None: each is decoded every time.
 
     Raises:
         DataError: the shards hold another kind of sample, or none that has a row.
@@ -45,6 +48,7 @@ class ShardSource:
         labels: np.ndarray | None = None,
         chosen: np.ndarray | None = None,
         direct: DirectImages | None = None,
+        room: Room | None = None,
     ) -> None:
         if shards.kind != writer.kind:
             raise DataError(f"{name}: the shards hold {shards.kind}, this takes {writer.kind}")
@@ -60,6 +64,7 @@ class ShardSource:
         self.name = name
         self._shards, self._decode, self._writer, self._errors = shards, decode, writer, errors
         self._seed, self._direct = seed, direct
+        self._kept = Kept(len(self._place), room or Room(0))
         self.offsets = np.concatenate([[0], np.cumsum(rows[self._place])]).astype(np.int64)
         given = shards.label if labels is None else labels
         self.labels = given[self._place].astype(np.int32)
@@ -136,17 +141,23 @@ class ShardSource:
         self, samples: np.ndarray, places: Sequence[int]
     ) -> list[np.ndarray | DecodeError | DataError]:
         """The array of the samples at some places, or why there is none."""
-        payloads = []
-        missing: list[tuple[int, DataError]] = []
+        arrays: list[np.ndarray | DecodeError | DataError | None] = []
+        wanted, payloads = [], []
         reading = my_reading()
         for at, place in enumerate(places):
+            i = int(samples[place])
+            arrays.append(self._kept.get(i))
+            if arrays[at] is not None:
+                continue
             reading.enter("read", place)
             try:
-                payloads.append(self._shards.payload(int(self._place[samples[place]])))
+                payloads.append(self._shards.payload(int(self._place[i])))
+                wanted.append((at, i))
             except DataError as e:
-                missing.append((at, e))
+                arrays[at] = e
         reading.enter("decode", 0)
-        arrays: list[np.ndarray | DecodeError | DataError] = [*self._decode(payloads)]
-        for at, error in missing:
-            arrays.insert(at, error)
-        return arrays
+        for (at, i), array in zip(wanted, self._decode(payloads), strict=True):
+            arrays[at] = array
+            if not isinstance(array, Exception):
+                self._kept.offer(i, array)
+        return cast("list[np.ndarray | DecodeError | DataError]", arrays)
