@@ -11,6 +11,7 @@ Traps this file avoids:
 from __future__ import annotations
 
 import datetime
+import functools
 import gc
 import itertools
 import json
@@ -30,9 +31,15 @@ RESULTS = Path(os.environ.get("UML_BENCH_RESULTS", ROOT / "bench" / "results"))
 """Folder of the rows; UML_BENCH_RESULTS names another one."""
 
 
+@functools.cache
+def session_info() -> dict[str, Any]:
+    """``machine_info`` as the session began: its own rows are no change of the code."""
+    return machine_info()
+
+
 def machine_name() -> str:
     """Short name of this machine, as used in file names."""
-    machine = machine_info()["machine"]
+    machine = session_info()["machine"]
     chip = re.sub(
         r"\(.*?\)|\b(cpu|processor|nvidia)\b|@.*", " ", (machine["gpu"] or machine["cpu"]).lower()
     )
@@ -135,7 +142,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows with machine, versions, commit and date as one JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    content = {"name": machine_name(), **machine_info(), "date": date, "rows": list(rows)}
+    content = {"name": machine_name(), **session_info(), "date": date, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
