@@ -154,7 +154,9 @@ def test_a_source_that_raises_anything_ends_the_loader(monkeypatch: pytest.Monke
 
 
 SCRIPT = """
-import sys, threading, time
+import signal, sys, threading, time
+# ignored in what a shell runs in the background
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.test_produce import MIX, SOURCES, Lazy
 from tests.test_stall import LAYOUTS, Stuck
 from uml_fast.data import produce

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from uml_fast.data.source import DataError
 
+DATA_ERRORS = "data_errors.jsonl"
+"""Name of the file in a run's folder."""
+
 
 class DataErrors:
     """Counts and names the samples that cannot be read; each once, however often it is tried.

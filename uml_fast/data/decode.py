@@ -7,6 +7,7 @@ that every backend gives the same rows.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -110,7 +111,8 @@ def _image(config: ImageConfig) -> Callable[[bytes], np.ndarray]:
             with Image.open(io.BytesIO(payload)) as image:
                 converted = np.asarray(image.convert(mode))
         except Exception as e:  # whatever the parser of a broken file's format stumbles on
-            raise DecodeError(f"broken image: {e}") from None
+            what = re.sub(r" file <_io\.BytesIO.*?>", " it", str(e))  # not where it was in memory
+            raise DecodeError(f"broken image: {what}") from None
         return converted.reshape(*converted.shape[:2], config.channels)
 
     return decode

@@ -10,7 +10,7 @@ import numpy as np
 
 from uml_fast.config import ConfigError, DataConfig, ModalityConfig, RunConfig, require
 from uml_fast.data.augment import AugmentConfig
-from uml_fast.data.data_errors import DataErrors
+from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.data.decode import Backend, decode_of
 from uml_fast.data.direct import DirectImages
 from uml_fast.data.held_out import hold_out
@@ -101,7 +101,7 @@ class FoldersConfig(DataConfig):
         require(run is not None, "files are decoded for the modalities of a run; none is given")
         assert run is not None
         modalities, target = run.modalities, run.target
-        named = run.folder / "data_errors.jsonl"
+        named = run.folder / DATA_ERRORS
         if not (run.folder / "run.json").exists():
             named.unlink(missing_ok=True)  # of an attempt that never began
         errors = DataErrors(self.max_errors, named)
@@ -204,6 +204,13 @@ class FoldersConfig(DataConfig):
                 say_once(
                     f"{modality}: its shards number their classes without a manifest that names "
                     "them; they are called 0, 1, ...: data.same 0=NAME says which are the same"
+                )
+        for modality, shards in train.items():
+            own = {self._renamed(n) for n in _names(shards)}
+            if own and first and not own & set(first):
+                say_once(
+                    f"{modality}: none of its classes ({', '.join(sorted(own)[:3])}, ...) is one "
+                    f"of {target}'s ({', '.join(first[:3])}, ...); --data.same says which meet"
                 )
         others = [self._renamed(n) for s in train.values() for n in _names(s)]
         return tuple(dict.fromkeys([*first, *others]))

@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -51,8 +51,11 @@ def choose(op: str, backend: Backend, *tensors: Tensor) -> Choice:
     """The implementation of ``op`` that runs on these tensors (floating ones).
 
     Raises:
+        ValueError: ``backend`` is none of those there are.
         RuntimeError: ``backend`` names one that cannot.
     """
+    if backend not in get_args(Backend):
+        raise ValueError(f"{op}: backend is {backend!r}; it is one of {get_args(Backend)}")
     if backend == "reference":
         return "reference"
     devices = {t.device.type for t in tensors}

@@ -28,13 +28,22 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """Launch a kernel on the device of its tensors; a grid with a zero launches nothing.
 
     Triton itself takes the current device, which need not be theirs.
+
+    Raises:
+        RuntimeError: the tensors are on the CPU, and Triton's interpreter is off.
     """
     if 0 in grid:
         return
     if _Target.launcher is not None:
         _Target.launcher(kernel, grid, args, constants)
         return
-    with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+    first = next(a for a in args if isinstance(a, Tensor))
+    if not first.is_cuda and not is_interpreted():
+        raise RuntimeError(
+            f"Triton kernels take tensors on CUDA, not on {first.device}; TRITON_INTERPRET=1 runs "
+            "them in its interpreter"
+        )
+    with torch.cuda.device_of(first):
         kernel[grid](*args, **constants)
 
 
