@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import threading
 import warnings
 from typing import BinaryIO
 
@@ -77,6 +78,11 @@ def npy_shape(content: bytes) -> tuple[int, ...]:
     return npy_header(io.BytesIO(content))[0]
 
 
+_PARSER = threading.Lock()
+"""numpy parses headers with ``ast``, which threads confuse up to Python 3.12: now and then a whole
+header would be refused."""
+
+
 def npy_layout(content: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """Shape, column order, type and first byte of a stored array that is all there.
 
@@ -105,7 +111,8 @@ def npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, is_fortran, dtype = read(file)
+        with _PARSER:
+            shape, is_fortran, dtype = read(file)
     except Exception as e:  # numpy parses a header as Python, and passes on what that raises
         raise DataError(f"not a readable .npy array: {e}") from e
     if not shape:
