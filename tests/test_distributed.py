@@ -24,8 +24,9 @@ from uml_fast.distributed import ALONE, Ranks, RanksError, join_ranks
 from uml_fast.meter import Lap, combine
 from uml_fast.pack import Layout, PackedBatch, Region
 from uml_fast.schedule import STATE_HEADER
+from uml_fast.start import build_model
 from uml_fast.step import TrainStep
-from uml_fast.trial import Trial, build_model
+from uml_fast.trial import Trial
 
 SAMPLES = 12
 """Samples of each modality in the global batch."""

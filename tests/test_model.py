@@ -21,7 +21,7 @@ from uml_fast.model.uml import Uml
 from uml_fast.objective import losses, total
 from uml_fast.optim import build_optimizer, learning_rate
 from uml_fast.pack import PackedBatch, pack_samples
-from uml_fast.trial import build_model
+from uml_fast.start import build_model
 
 BACKBONES = [
     TransformerConfig(width=16, layers=2, heads=2, feed_forward=32),

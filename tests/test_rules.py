@@ -29,7 +29,7 @@ LAYERS = (
     ("optim", "distributed", "step", "checkpoint", "machine", "log"),
     ("recipes", "doctor", "cli"),
     ("analysis", "grid", "measure", "meter"),
-    ("trial", "run", "summary", "report"),
+    ("start", "trial", "run", "summary", "report"),
     ("train", "evaluate", "export", "prepare", "inspect"),
 )
 """Parts of the package: each imports its own line and the lines above it, never one below."""

@@ -25,7 +25,8 @@ from uml_fast.data.synthetic import SyntheticConfig
 from uml_fast.log import RunFolderError
 from uml_fast.measure import embed, pack_source
 from uml_fast.run import from_json, locked, to_json
-from uml_fast.trial import TrainingError, build_model
+from uml_fast.start import build_model
+from uml_fast.trial import TrainingError
 
 ROOT = Path(__file__).parents[1]
 RECIPE = f"{Path(__file__).parent / 'tiny.py'}:tiny"

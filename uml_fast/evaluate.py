@@ -20,8 +20,8 @@ from uml_fast.measure import embeddings_and_labels, measure, pack_source
 from uml_fast.model.uml import Uml
 from uml_fast.report import print_table
 from uml_fast.run import read_config
+from uml_fast.start import build_model
 from uml_fast.summary import compare
-from uml_fast.trial import build_model
 
 
 def finished_trials(folder: Path) -> list[tuple[str, int]]:

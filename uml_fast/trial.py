@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from uml_fast import checkpoint
-from uml_fast.config import ConfigError, MixConfig, RunConfig
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.source import DataError, Task, in_memory
-from uml_fast.device import resolve_device, resolve_dtype
+from uml_fast.config import RunConfig
+from uml_fast.data.loader import Loader
+from uml_fast.device import resolve_device
 from uml_fast.distributed import ALONE, Ranks
 from uml_fast.log import RunLog, SilentLog
-from uml_fast.measure import PackedSource, init_head, measure, pack_source, run_metric
+from uml_fast.measure import PackedSource, measure, pack_source, run_metric
 from uml_fast.meter import Meter, combine
-from uml_fast.model.uml import Uml
 from uml_fast.optim import learning_rate, load_optimizer_tensors, optimizer_tensors
 from uml_fast.pack import Layout
 from uml_fast.resume import State, join
 from uml_fast.run import write_json
+from uml_fast.start import build_model, plan_mix, shares_of
 from uml_fast.step import StepResult, TrainStep
 from uml_fast.trace import Trace, span
 
 logger = logging.getLogger("uml_fast")
-
-
-_FIT_SAMPLES = 4096
-"""Samples of a source in files that normalisation statistics are taken of, evenly spread."""
 
 
 class TrainingError(RuntimeError):
@@ -42,99 +35,6 @@ class TrainingError(RuntimeError):
 
 class Stopped(Exception):
     """The trial was asked to stop and has saved a checkpoint."""
-
-
-def shares_of(config: RunConfig) -> dict[str, float]:
-    """Part of each modality in the token mix."""
-    return {m.name: m.share for m in config.modalities}
-
-
-def plan_mix(
-    config: RunConfig, mode: str, task: Task, seed: int
-) -> tuple[MixConfig, tuple[Layout, ...]]:
-    """The mix and layouts of one mode; ``task`` holds the mode's samples.
-
-    A unimodal pack has as many target rows as a joint UML pack, so that both modes see the same
-    target data per step (under ``alternate``: on average).
-    """
-    shares = shares_of(config)
-    if mode == "uml":
-        return config.mix, layouts_of(task.train, config.mix, shares, config.target)
-    if config.mix.policy == "alternate":
-        part = shares[config.target] / sum(shares.values())
-        rows = max(round(config.mix.token_budget * part), 2 * int(task.train[0].lengths.max()))
-    else:
-        sources = config.load(seed, "uml").train
-        joint = layouts_of(sources, config.mix, shares, config.target)[-1]
-        rows = next(r.rows for r in joint.regions if r.name == config.target)
-    alone = MixConfig(policy="joint", token_budget=rows)
-    return alone, layouts_of(task.train, alone)
-
-
-def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
-    """One trial's model on the CPU: weights drawn from ``seed``, statistics of the training data.
-
-    Raises:
-        ConfigError: the data's modalities, row sizes or lengths do not fit the configuration's.
-        DataError: the labels do not (``check_labels``).
-    """
-    names = [m.name for m in config.modalities]
-    if [s.name for s in task.train] != names:
-        raise ConfigError(
-            f"the data has modalities {[s.name for s in task.train]}, the run {names}"
-        )
-    config = _with_classes(config, task)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Uml(config, resolve_dtype(config.precision, resolve_device(config.device)))
-    for source in task.train:
-        modality = model.modality(source.name)
-        longest = int(source.lengths.max())
-        modality.check(longest, source.row_elems, source.row_dtype)
-        config.backbone.check(source.name, longest)
-        known = in_memory(source, _FIT_SAMPLES)
-        modality.fit(known.rows, known.offsets)
-    if config.objective.kind == "classification":
-        check_labels(config, task)
-    if config.objective.init_head_from is not None:
-        init_head(model, task.source(config.objective.init_head_from))
-    return model
-
-
-def _with_classes(config: RunConfig, task: Task) -> RunConfig:
-    """The configuration with the number of classes that the data names, where it leaves it open."""
-    if config.objective.kind != "classification" or config.objective.classes:
-        return config
-    objective = dataclasses.replace(config.objective, classes=len(task.class_names))
-    return dataclasses.replace(config, objective=objective)
-
-
-def check_labels(config: RunConfig, task: Task) -> None:
-    """Check the labels of a classification run.
-
-    Raises:
-        DataError: a label that is no class, a target without labels, or a class that no modality
-            has a sample of.
-    """
-    classes = config.objective.classes
-    for source in (*task.train, task.validation, task.test):
-        wrong = np.flatnonzero(source.labels >= classes)
-        if len(wrong):
-            raise DataError(
-                f"{source.name}: sample {source.key(wrong[0])} has label "
-                f"{source.labels[wrong[0]]}, objective.classes is {classes}"
-            )
-    if (task.source(config.target).labels < 0).all():
-        raise DataError(f"{config.target}: no training sample has a label")
-    seen = np.concatenate([s.labels for s in task.train])
-    missing = np.setdiff1d(np.arange(classes), seen)
-    if len(missing) and len(task.train) > 1:
-        named = dict(enumerate(task.class_names))
-        names = [named.get(int(c), str(c)) for c in missing[:5]]
-        raise DataError(
-            f"{len(missing)} of {classes} classes have no training sample in any modality: "
-            f"{', '.join(names)}; lower objective.classes or add samples"
-        )
 
 
 class Trial:
