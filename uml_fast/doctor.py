@@ -30,6 +30,8 @@ PACKAGES = {
     "simplejpeg": ("simplejpeg", "JPEG images of your own"),
     "soundfile": ("soundfile", "sounds of your own"),
     "webdataset": ("webdataset", "shards of your own data"),
+    "timm": ("timm", "pretrained image encoders"),
+    "transformers": ("transformers", "pretrained encoders of text, images and sounds"),
     "nvidia.dali": ("nvidia-dali-cuda130", "DALI pipelines"),
 }
 """Module -> (distribution on PyPI, what it is for)."""
