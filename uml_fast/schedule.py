@@ -38,7 +38,8 @@ STATE_HEADER = 7
 STREAM_STATE = 8 + 2 * WINDOW
 """Integers of a stream: key, samples and rows it has; epoch, cursor, rows of this phase, samples
 and rows so far; epoch and index of each sample in the window."""
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
+"""Step of splitmix64."""
 _MASK = (1 << 64) - 1
 
 
@@ -49,15 +50,16 @@ def mix64(z: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def hash64(seed: int, stream: int, epoch: int, index: np.ndarray) -> np.ndarray:
-    """uint64 hash of (seed, stream, epoch, index[i]).
+def hash64(seed: int, stream: int, epoch: int | np.ndarray, index: np.ndarray) -> np.ndarray:
+    """uint64 hash of (seed, stream, epoch, index[i]), or of epoch[i] where they differ.
 
     ``h = mix64(h + golden * (x + 1))`` over the four values x, from h = 0, modulo 2**64.
     """
     h = np.zeros(1, np.uint64)
-    for x in (seed, stream, epoch):
-        h = mix64(h + np.uint64((_GOLDEN * (x + 1)) & _MASK))
-    return mix64(h + np.uint64(_GOLDEN) * (index.astype(np.uint64) + np.uint64(1)))
+    for x in (seed, stream, epoch, index):
+        values = np.asarray(x & _MASK if isinstance(x, int) else x).astype(np.uint64)
+        h = mix64(h + np.uint64(GOLDEN) * (values.reshape(-1) + np.uint64(1)))
+    return h
 
 
 def stream_key(name: str) -> int:

@@ -16,7 +16,7 @@ from uml_fast import log
 from uml_fast.checkpoint import StopSignal
 from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
-from uml_fast.data.data_errors import DATA_ERRORS
+from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.distributed import Ranks, join_ranks
 from uml_fast.report import print_table, write_report
 from uml_fast.run import locked, open_run, write_json
@@ -86,7 +86,7 @@ def _finish(config: RunConfig, results: list[dict[str, Any]], folder: Path) -> N
     print(print_table(summary))
     named = folder / DATA_ERRORS
     if named.exists():
-        count = len(named.read_bytes().splitlines())
+        count = len(DataErrors(0, named))
         print(f"samples that could not be read: {count:,}, named in {named}")
     print(f"report: {report}")
 

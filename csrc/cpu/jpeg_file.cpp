@@ -56,7 +56,7 @@ bool make_table(const uint8_t* counts, const uint8_t* symbols, bool is_dc, Huffm
   return true;
 }
 
-bool read_huffman(const uint8_t* p, const uint8_t* end, JpegTables& tables) {
+bool read_huffman(const uint8_t* p, const uint8_t* end, JpegTables& tables, int& seen) {
   while (p < end) {
     if (end - p < 17 || (p[0] & 0xEE) != 0) return false;
     int count = 0;
@@ -71,6 +71,7 @@ bool read_huffman(const uint8_t* p, const uint8_t* end, JpegTables& tables) {
       std::memcpy(known.bytes, p, static_cast<size_t>(size));
       known.size = size;
     }
+    seen |= 1 << (p[0] >> 3 | (p[0] & 1));
     p += size;
   }
   return true;
@@ -121,7 +122,7 @@ bool read_jpeg_headers(const uint8_t* bytes, size_t size, JpegTables& tables, Jp
   bool is_jfif = false;
   int quants = 0;
   int quant_of[3] = {};
-  int huffman = 0;
+  int huffmans = 0;
   file.components = 0;
   for (;;) {
     if (end - p < 4 || p[0] != 0xFF) return false;
@@ -148,13 +149,7 @@ bool read_jpeg_headers(const uint8_t* bytes, size_t size, JpegTables& tables, Jp
         quant_of[c] = of[2];
       }
     } else if (marker == kHuffman) {
-      if (!read_huffman(body, next, tables)) return false;
-      for (const uint8_t* t = body; t < next;) {
-        huffman |= 1 << (t[0] >> 3 | (t[0] & 1));
-        int count = 0;
-        for (int i = 1; i <= kLongestCode; ++i) count += t[i];
-        t += 17 + count;
-      }
+      if (!read_huffman(body, next, tables, huffmans)) return false;
     } else if (marker == kQuant) {
       if (!read_quant(body, next, tables, quants)) return false;
     } else if (marker == kApp0) {
@@ -174,7 +169,7 @@ bool read_jpeg_headers(const uint8_t* bytes, size_t size, JpegTables& tables, Jp
         const int dc = body[2 + 2 * c] >> 4;
         const int ac = body[2 + 2 * c] & 15;
         if (body[1 + 2 * c] != component.id || dc > 1 || ac > 1) return false;
-        if (!(huffman & 1 << dc) || !(huffman & 4 << ac) || !(quants & 1 << quant_of[c])) {
+        if (!(huffmans & 1 << dc) || !(huffmans & 4 << ac) || !(quants & 1 << quant_of[c])) {
           return false;
         }
         component.quant = tables.quant[quant_of[c]];

@@ -7,7 +7,6 @@ that every backend gives the same rows.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,7 +15,7 @@ import numpy as np
 
 from uml_fast.config import ModalityConfig
 from uml_fast.data.lengths import npy_layout
-from uml_fast.data.source import DataError
+from uml_fast.data.source import DataError, reason
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig
 from uml_fast.modalities.image import ImageConfig
@@ -111,8 +110,7 @@ def _image(config: ImageConfig) -> Callable[[bytes], np.ndarray]:
             with Image.open(io.BytesIO(payload)) as image:
                 converted = np.asarray(image.convert(mode))
         except Exception as e:  # whatever the parser of a broken file's format stumbles on
-            what = re.sub(r" file <_io\.BytesIO.*?>", " it", str(e))  # not where it was in memory
-            raise DecodeError(f"broken image: {what}") from None
+            raise DecodeError(f"broken image: {reason(e)}") from None
         return converted.reshape(*converted.shape[:2], config.channels)
 
     return decode

@@ -205,7 +205,6 @@ class FoldersConfig(DataConfig):
                     f"{modality}: its shards number their classes without a manifest that names "
                     "them; they are called 0, 1, ...: data.same 0=NAME says which are the same"
                 )
-        for modality, shards in train.items():
             own = {self._renamed(n) for n in _names(shards)}
             if own and first and not own & set(first):
                 say_once(

@@ -15,10 +15,10 @@ from uml_fast.data.kept import Kept, Room
 from uml_fast.data.reading import my_reading
 from uml_fast.data.rows import Rows
 from uml_fast.data.shards import ShardSet
-from uml_fast.data.source import DataError
+from uml_fast.data.source import DataError, Lengths
 
 
-class ShardSource:
+class ShardSource(Lengths):
     """Samples of one modality in shards.
 
     Args:
@@ -71,16 +71,6 @@ class ShardSource:
 
     def __len__(self) -> int:
         return len(self._place)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 (n,) rows of each sample."""
-        return np.diff(self.offsets)
-
-    def lengths_of(self, samples: np.ndarray) -> np.ndarray:
-        """int64 rows of some samples."""
-        lengths: np.ndarray = self.offsets[samples + 1] - self.offsets[samples]
-        return lengths
 
     @property
     def row_elems(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,11 @@ import numpy as np
 
 class DataError(ValueError):
     """Samples that cannot be used; the message names the source, the sample and what is wrong."""
+
+
+def reason(error: Exception) -> str:
+    """What a library says about bytes it cannot read, without where they were in memory."""
+    return re.sub(r" ?<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
 
 
 class Samples(Protocol):
@@ -47,7 +53,6 @@ class Samples(Protocol):
 
     def lengths_of(self, samples: np.ndarray) -> np.ndarray:
         """int64 rows of some samples."""
-        return self.offsets[samples + 1] - self.offsets[samples]
 
     def __len__(self) -> int: ...
 
@@ -70,8 +75,25 @@ class Samples(Protocol):
         """
 
 
+class Lengths:
+    """Rows of samples, from ``offsets``."""
+
+    __slots__ = ()
+    offsets: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 (n,) rows of each sample."""
+        return np.diff(self.offsets)
+
+    def lengths_of(self, samples: np.ndarray) -> np.ndarray:
+        """int64 rows of some samples."""
+        lengths: np.ndarray = self.offsets[samples + 1] - self.offsets[samples]
+        return lengths
+
+
 @dataclass(frozen=True, slots=True)
-class Source:
+class Source(Lengths):
     """Samples of one modality. Checked once, here, so that nothing behind it has to.
 
     Raises:
@@ -131,15 +153,6 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """int64 (n,) rows of each sample."""
-        return np.diff(self.offsets)
-
-    def lengths_of(self, samples: np.ndarray) -> np.ndarray:
-        """int64 rows of some samples."""
-        return self.offsets[samples + 1] - self.offsets[samples]
 
     @property
     def row_elems(self) -> int:

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from uml_fast.schedule import mix64, stream_key
+from uml_fast.schedule import GOLDEN, hash64, mix64, stream_key
 
-_GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
@@ -24,12 +23,8 @@ def visit_keys(
     The planner sorts an epoch by the same hash of the modality's name; under that name the numbers
     of a visit would follow from its place in the epoch.
     """
-    golden, h = np.uint64(_GOLDEN), np.zeros(1, np.uint64)
-    for x in (seed, stream_key(f"{name} augment")):
-        h = mix64(h + np.uint64((_GOLDEN * (x + 1)) & _MASK))
-    for values in (np.asarray(epochs), samples):
-        h = mix64(h + golden * (values.astype(np.uint64) + np.uint64(1)))
-    keys: list[int] = h.tolist()
+    stream = stream_key(f"{name} augment")
+    keys: list[int] = hash64(seed, stream, np.asarray(epochs), samples).tolist()
     return keys
 
 
@@ -43,7 +38,7 @@ class Draws:
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         """A number in [low, high)."""
-        self._state = state = (self._state + _GOLDEN) & _MASK
+        self._state = state = (self._state + GOLDEN) & _MASK
         z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
         return low + (high - low) * ((z ^ (z >> 31)) >> 11) * 2.0**-53
@@ -58,7 +53,7 @@ class Draws:
 
     def array(self, n: int) -> np.ndarray:
         """float64 (n,) in [0, 1): what ``uniform`` would give n times."""
-        steps = np.uint64(_GOLDEN) * np.arange(1, n + 1, dtype=np.uint64)
+        steps = np.uint64(GOLDEN) * np.arange(1, n + 1, dtype=np.uint64)
         z = mix64(np.uint64(self._state) + steps)
-        self._state = (self._state + _GOLDEN * n) & _MASK
+        self._state = (self._state + GOLDEN * n) & _MASK
         return (z >> np.uint64(11)) * 2.0**-53

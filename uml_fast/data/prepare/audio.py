@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uml_fast.data.prepare.items import BadSample, Converter, Item, Moments, Sample, reason
-from uml_fast.data.source import DataError
+from uml_fast.data.prepare.items import BadSample, Converter, Item, Moments, Sample
+from uml_fast.data.source import DataError, reason
 
 EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au")
 """Files that are taken as sounds."""

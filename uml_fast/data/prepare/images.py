@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from uml_fast.data.prepare.items import BadSample, Converter, Item, Moments, Sample, reason
+from uml_fast.data.prepare.items import BadSample, Converter, Item, Moments, Sample
+from uml_fast.data.source import reason
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +29,6 @@ class BadSample(Exception):
         super().__init__(problem, detail)
         self.problem = problem
         self.detail = detail
-
-
-def reason(error: Exception) -> str:
-    """What a library says about bytes it cannot read, without where they were in memory."""
-    return re.sub(r"<_io\.BytesIO object at 0x[0-9a-f]+>", "the file", str(error))
 
 
 @dataclass(frozen=True, slots=True)
