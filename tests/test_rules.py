@@ -22,7 +22,7 @@ LAYERS = (
     ("config", "_native", "_native_cuda"),
     ("native", "device", "files", "foreign", "progress", "trace"),
     ("kernels",),
-    ("pack", "layout", "schedule", "resume", "flops"),
+    ("pack", "layout", "schedule", "resume", "flops", "scaling"),
     ("modalities",),
     ("model", "objective", "compat"),
     ("data",),
@@ -30,7 +30,7 @@ LAYERS = (
     ("recipes", "doctor", "cli"),
     ("analysis", "grid", "measure", "meter"),
     ("start", "trial", "run", "summary", "report"),
-    ("train", "evaluate", "export", "prepare", "inspect"),
+    ("train", "evaluate", "export", "plan", "prepare", "inspect"),
 )
 """Parts of the package: each imports its own line and the lines above it, never one below."""
 

@@ -22,6 +22,7 @@ VERBS = {
     "train": "train a recipe: every mode for every seed, then the comparison",
     "evaluate": "evaluate the models of a run folder again",
     "export": "write a run's target model as plain safetensors",
+    "plan": "memory, rate and limits of a run on a cluster, before it is started",
     "doctor": "print what is on in this installation, and why",
 }
 """Verb -> what it does; the verb's module is ``uml_fast.<verb>``."""
