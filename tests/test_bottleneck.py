@@ -62,7 +62,7 @@ def test_rows_do_not_interact() -> None:
 
 def test_gradients_reach_every_parameter_and_match_float64() -> None:
     model = small().double()
-    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
 
     def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
         return model(x, pack(), None)

@@ -1,4 +1,4 @@
-"""The interface of a shared network."""
+"""The interface of a network over packs: the shared one, or a modality's own."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from uml_fast.pack import PackedBatch
 
 
 class Backbone(nn.Module):
-    """Maps the tokens of a pack to hidden rows; subclasses set both widths."""
+    """Maps the tokens of a pack to hidden rows and pools them; subclasses set both widths."""
 
     output_width: int
     """Features of a hidden row, which decoders read."""
     embedding_width: int
-    """Features of a row to pool, which heads and probes read."""
+    """Features of an embedding, which heads and probes read."""
 
     def forward(
         self, tokens_TD: Tensor, batch: PackedBatch, rng_key: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden rows (T, output_width) and rows to pool (T, embedding_width).
+        """Hidden rows (T, output_width), and one embedding (S, embedding_width) per segment slot.
 
-        ``rng_key`` int64 (1,) draws the dropout masks of a training step; None: no dropout.
+        Embeddings are zero for empty segments. ``rng_key`` int64 (1,) draws the dropout masks of a
+        training step; None: no dropout.
         """
         raise NotImplementedError

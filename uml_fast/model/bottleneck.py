@@ -1,9 +1,8 @@
 """The shared autoencoder of the linear-Gaussian experiment (paper appendix E.14).
 
-Rows never see each other: the network maps each token by itself, so it needs no segments and takes
-any pack.
+Rows never see each other: the network maps each token by itself, so it takes any pack.
 
-Legend: T rows of a pack, D width, H hidden width, E latent width.
+Legend: T rows and S segment slots of a pack, D width, H hidden width, E latent width.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from uml_fast.config import BackboneConfig, require
+from uml_fast.kernels.segment_mean import segment_mean
 from uml_fast.modalities.base import Linear
 from uml_fast.model.backbone import Backbone
 from uml_fast.pack import PackedBatch
@@ -60,12 +60,12 @@ class Bottleneck(Backbone):
 
         Args:
             tokens_TD: output of the stems; products are taken in its dtype.
-            batch: the pack; not read, since rows do not interact.
+            batch: the pack, whose segments are pooled; rows do not interact.
             rng_key: key of dropout masks; not read, since there is no dropout.
 
         Returns:
-            hidden_TD for the modalities' decoders and embedding_TE, the latent, in the dtype of the
-            tokens.
+            hidden_TD for the modalities' decoders and embedding_SE, the mean latent of each
+            segment, in the dtype of the tokens.
         """
         latent_TE = self.encoder(tokens_TD)
-        return self.decoder(latent_TE), latent_TE
+        return self.decoder(latent_TE), segment_mean(latent_TE, batch.offsets_S1)

@@ -1,7 +1,8 @@
 """The shared transformer over ragged segments, post-norm (the paper's) or pre-norm (ViT's).
 
-Legend: T rows of a pack, D width, H heads. Matrix products take the dtype of the tokens that enter;
-the residual stream is fp32 under pre-norm and in that dtype under post-norm (docs/numerics.md).
+Legend: T rows and S segment slots of a pack, D width, H heads. Matrix products take the dtype of
+the tokens that enter; the residual stream is fp32 under pre-norm and in that dtype under post-norm
+(docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from uml_fast.config import BackboneConfig, require
 from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.feed_forward import Activation, feed_forward, up_width
 from uml_fast.kernels.segment_attention import packed_segment_attention
+from uml_fast.kernels.segment_mean import segment_mean
 from uml_fast.modalities.base import Linear
 from uml_fast.model.backbone import Backbone
 from uml_fast.pack import PackedBatch
@@ -158,7 +160,7 @@ class Transformer(Backbone):
     def forward(
         self, tokens_TD: Tensor, batch: PackedBatch, rng_key: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same rows (T, D) for the decoders and to pool."""
+        """Hidden rows (T, D), and their mean (S, D) over each segment."""
         x = tokens_TD if self.input_projection is None else self.input_projection(tokens_TD)
         if self.config.positions != "none":
             x = x + self.position[
@@ -169,7 +171,7 @@ class Transformer(Backbone):
             x = (self._post_norm if self.config.norm == "post" else self._pre_norm)(
                 x, batch, dropout
             )
-        return x, x
+        return x, segment_mean(x, batch.offsets_S1)
 
     def stack(self) -> list[Block]:
         """The blocks in order."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from uml_fast.config import RunConfig
-from uml_fast.kernels.segment_mean import segment_mean
 from uml_fast.modalities.base import Modality
 from uml_fast.model.head import SharedHead
 from uml_fast.pack import PackedBatch, RegionRows
@@ -29,7 +28,7 @@ class Encoded:
     hidden_TD: Tensor
     """(T, D) what decoders read."""
     embedding_SE: Tensor
-    """(S, E) fp32 mean over each segment's rows; zero for empty segments."""
+    """(S, E) fp32 embedding of each segment; zero for empty ones."""
 
 
 class _Join(torch.autograd.Function):
@@ -82,10 +81,8 @@ class Uml(nn.Module):
             for stem, rows in zip(stems, regions, strict=True)
         )
         tokens_TD = self._embed(stems, regions, features)
-        hidden_TD, pooled_TE = self.backbone(tokens_TD, batch, rng_key)
-        return Encoded(
-            regions, features, hidden_TD, segment_mean(pooled_TE, batch.offsets_S1).float()
-        )
+        hidden_TD, embedding_SE = self.backbone(tokens_TD, batch, rng_key)
+        return Encoded(regions, features, hidden_TD, embedding_SE.float())
 
     def _embed(
         self,
