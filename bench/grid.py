@@ -21,9 +21,8 @@ from torch.nn import functional as F
 
 from bench import harness
 from uml_fast.grid import Cell, Features, HeadData, HeadSchedule, few_shot, product, train_grid
-from uml_fast.grid.features import sample_order
 from uml_fast.grid.heads import Heads
-from uml_fast.grid.train import next_lesson
+from uml_fast.grid.train import chosen_samples, next_lesson
 
 WIDTH, CLASSES = 384, 100
 SCHEDULE = HeadSchedule(steps=300, patience=1000)
@@ -38,13 +37,22 @@ def made_data() -> HeadData:
         rows = torch.from_numpy(rng.normal(size=(n, WIDTH))).float()
         return Features(rows, torch.arange(n) % CLASSES)
 
-    return HeadData(draw(1600), draw(400), draw(1000), draw(3000), CLASSES)
+    train = {"image": draw(1600), "text": draw(3000)}
+    return HeadData(
+        target="image", train=train, validation=draw(400), test=draw(1000), classes=CLASSES
+    )
 
 
 def cells_of(mode: str, batch: int) -> list[Cell]:
     """Eight cells of one cost."""
+    modalities = ("image", "text") if mode == "uml" else ("image",)
     return product(
-        mode=(mode,), batch=(batch,), lr=(1e-3, 1e-4), alpha=(0.5, 1.5), shots=(4, 16), seed=(1,)
+        modalities=(modalities,),
+        batch=(batch,),
+        lr=(1e-3, 1e-4),
+        alpha=(0.5, 1.5),
+        shots=(4, 16),
+        seed=(1,),
     )
 
 
@@ -65,23 +73,20 @@ def one_after_another(
     data: HeadData, cells: list[Cell], loss: Callable[..., torch.Tensor]
 ) -> list[torch.Tensor]:
     """Features in memory, orders drawn before, fused AdamW, no host sync but the loop itself."""
-    heads, out = Heads(data, 1), []
+    heads, out = Heads(data, cells, 1), []
     for cell in cells:
         heads.start(0, cell)
-        parts = [p if p is None else p.detach().clone() for p in heads.parts(0, cell)]
-        parts[1] = parts[1][:, :CLASSES].contiguous() if parts[1] is not None else None
-        scales, head, projection = (p if p is None else p.requires_grad_() for p in parts)
-        assert scales is not None and head is not None
+        parts = heads.parts(0, cell)
+        head = parts.head[:, :CLASSES].clone().requires_grad_()
+        scales = parts.scales.clone().requires_grad_()
+        projection = parts.projections[0]
+        projection = projection if projection is None else projection.clone().requires_grad_()
         trained = [p for p in (head, projection, scales) if p is not None]
         rates = SCHEDULE.rates(cell.lr, 0, SCHEDULE.steps)
         optimizer = torch.optim.AdamW(trained, weight_decay=cell.weight_decay, fused=True)
-        chosen = few_shot(data.train.labels, cell.shots, cell.seed, CLASSES)
-        held = torch.from_numpy(few_shot(data.validation.labels, 4, cell.seed, CLASSES))
-        images = torch.from_numpy(sample_order(chosen, cell.seed, 0, cell.batch, 0, SCHEDULE.steps))
-        texts = torch.from_numpy(
-            sample_order(np.arange(len(data.text), dtype=np.int32), cell.seed, 1, cell.batch, 0,
-                         SCHEDULE.steps)
-        )  # fmt: skip
+        held = torch.from_numpy(few_shot(data.validation.labels, 4, cell.seed, "validation"))
+        orders = next_lesson(cell, chosen_samples(data, cell), 0, SCHEDULE.steps, SCHEDULE).orders
+        images, *texts = (torch.from_numpy(order) for order in orders)
         for k in range(SCHEDULE.steps):
             if k % SCHEDULE.eval_every == 0:
                 with torch.no_grad():
@@ -92,15 +97,17 @@ def one_after_another(
                 group["lr"] = float(rates[k])
             optimizer.zero_grad()
             text = (None, None)
-            if cell.mode == "uml":
-                text = (data.text.rows[texts[k]], data.text.labels[texts[k]])
+            if texts:
+                bank = data.train["text"]
+                text = (bank.rows[texts[0][k]], bank.labels[texts[0][k]])
+            bank = data.train["image"]
             loss(
-                head, projection, scales, data.train.rows[images[k]],
-                data.train.labels[images[k]], *text, cell.alpha,
+                head, projection, scales, bank.rows[images[k]], bank.labels[images[k]],
+                *text, cell.alpha,
             ).backward()  # fmt: skip
             optimizer.step()
         whole = head if projection is None else projection @ head
-        out.append((whole * scales[0]).T.detach())
+        out.append((whole * scales[0]).detach())
     return out
 
 
@@ -110,8 +117,8 @@ def measured(mode: str, batch: int) -> dict[str, tuple[list[float], dict[str, An
     data, cells = made_data(), cells_of(mode, batch)
     torch._dynamo.reset()
     compiled = torch.compile(loss_of, dynamic=False)
-    calls: dict[str, Callable[[], list[torch.Tensor]]] = {
-        "uml_fast": lambda: [r.weight for r in train_grid(data, cells, SCHEDULE)],
+    calls: dict[str, Callable[[], object]] = {
+        "uml_fast": lambda: train_grid(data, cells, SCHEDULE),
         "eager": lambda: one_after_another(data, cells[:2], loss_of),
         "compile": lambda: one_after_another(data, cells[:2], compiled),
     }
@@ -154,8 +161,8 @@ def test_both_train_the_same_heads() -> None:
     data = made_data()
     for cell in (cells_of("uml", 8)[0], cells_of("unimodal", 32)[0]):
         (theirs,) = one_after_another(data, [cell], loss_of)
-        lesson = next_lesson(data, cell, 0, SCHEDULE.steps, SCHEDULE)
-        heads = Heads(data, 1)
+        lesson = next_lesson(cell, chosen_samples(data, cell), 0, SCHEDULE.steps, SCHEDULE)
+        heads = Heads(data, [cell], 1)
         heads.start(0, cell)
         heads.train({0: lesson})
-        torch.testing.assert_close(heads.folded(0, cell).T, theirs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(heads.folded(0, cell), theirs, rtol=0, atol=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from uml_fast.grid import (
 from uml_fast.grid.features import sample_order
 from uml_fast.grid.heads import Heads, Lesson
 from uml_fast.grid.reference import train_cell
+from uml_fast.grid.train import chosen_samples, next_lesson
 
 SHORT = HeadSchedule(steps=120, eval_every=20, warmup_steps=10, patience=3)
 
@@ -35,124 +38,192 @@ def features(n: int, width: int, classes: int, seed: int) -> Features:
     return Features(torch.from_numpy(rows).float(), torch.from_numpy(labels))
 
 
-def made_data(image: int = 20, text: int = 37, classes: int = 7) -> HeadData:
+def made_data(image: int = 20, text: int = 37, classes: int = 7, audio: int = 9) -> HeadData:
+    train = {
+        "image": features(140, image, classes, 1),
+        "text": features(90, text, classes, 4),
+        "audio": features(60, audio, classes, 5),
+    }
     return HeadData(
-        features(140, image, classes, 1), features(56, image, classes, 2),
-        features(70, image, classes, 3), features(90, text, classes, 4), classes,
+        target="image", train=train, validation=features(56, image, classes, 2),
+        test=features(70, image, classes, 3), classes=classes,
     )  # fmt: skip
+
+
+UNIMODAL = ("image",)
+THREE = ("image", "audio", "text")
 
 
 def one_lesson(data: HeadData, cell: Cell, steps: int = 30) -> Lesson:
-    everything = np.arange(len(data.text), dtype=np.int32)
-    images = np.arange(len(data.train), dtype=np.int32)
-    return Lesson(
-        cell, 0, SHORT.rates(cell.lr, 0, steps),
-        sample_order(images, cell.seed, 0, cell.batch, 0, steps),
-        sample_order(everything, cell.seed, 1, cell.batch, 0, steps)
-        if cell.mode == "uml" else None,
-    )  # fmt: skip
+    return next_lesson(cell, chosen_samples(data, cell), 0, steps, SHORT)
 
 
 CELLS = [
     Cell(batch=8, lr=1e-2, weight_decay=0.01),
     Cell(batch=5, lr=1e-2, alpha=0.3, learn_scale=False),
     Cell(batch=33, lr=3e-3, init="text", seed=3),
-    Cell(mode="unimodal", batch=16, lr=1e-2),
+    Cell(modalities=UNIMODAL, batch=16, lr=1e-2),
     Cell(batch=1, lr=1e-3, alpha=0.0),
+    Cell(batch=8, lr=1e-2, ratio=0.25),
+    Cell(batch=6, lr=1e-2, ratio=4, scale=3.0),
+    Cell(modalities=THREE, batch=7, lr=1e-2, alpha=0.5, ratio=2),
 ]
+
+
+def name(cell: Cell) -> str:
+    return f"{'+'.join(cell.modalities)} {cell.batch} {cell.ratio}"
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("sizes", [(20, 37, 7), (16, 16, 16), (1, 130, 2), (64, 3, 33)])
-@pytest.mark.parametrize("cell", CELLS, ids=lambda c: f"{c.mode} {c.batch}")
+@pytest.mark.parametrize("cell", CELLS, ids=name)
 def test_steps_are_those_of_adamw_in_float64(
     cell: Cell, sizes: tuple[int, int, int], instruction_set: str
 ) -> None:
-    data = made_data(*sizes)
-    heads, lesson = Heads(data, 3), one_lesson(data, cell)
+    assert_steps_match(made_data(*sizes), cell)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("modalities", [UNIMODAL, ("image", "text"), THREE], ids=len)
+def test_aligned_encoders_have_no_projection(
+    modalities: tuple[str, ...], instruction_set: str
+) -> None:
+    data = made_data(24, 24, 7, 24)
+    cell = Cell(
+        modalities=modalities, project=False, scale=100, learn_scale=False, init="text", batch=8
+    )
+    assert_steps_match(data, cell)
+    heads = Heads(data, [cell], 1)
+    heads.start(0, cell)
+    parts = heads.parts(0, cell)
+    assert parts.projections == (None,) * len(modalities)
+    means = torch.stack([data.train["text"].rows[data.train["text"].labels == c].mean(0)
+                         for c in range(7)])  # fmt: skip
+    torch.testing.assert_close(parts.head[:24, :7], F.normalize(means).T)
+    torch.testing.assert_close(heads.folded(0, cell), 100 * F.normalize(means).T)
+
+
+def assert_steps_match(data: HeadData, cell: Cell) -> None:
+    """Kernels are as close to float64 as PyTorch's own float32 steps, with a floor."""
+    lesson = one_lesson(data, cell)
+    heads, plain = Heads(data, [cell], 3), Heads(data, [cell], 3)
     heads.start(1, cell)
-    expected = in_float64(heads, lesson)
-    plain = Heads(data, 3)
+    expected = in_float64(data, heads, lesson)
     plain.start(1, cell)
     train_cell(plain, 1, lesson)
     heads.train({1: lesson})
-    for got, same, exact in zip(heads.parts(1, cell), plain.parts(1, cell), expected, strict=True):
-        if got is not None and same is not None and exact is not None:
-            allowed = 2 * (same - exact).abs().max() + 2e-6
-            assert (got - exact).abs().max() <= allowed
+    results = heads.parts(1, cell).tensors(), plain.parts(1, cell).tensors()
+    for got, same, exact in zip(*results, expected, strict=True):
+        allowed = 2 * (same - exact).abs().max() + 2e-6
+        assert (got - exact).abs().max() <= allowed
 
 
-def in_float64(heads: Heads, lesson: Lesson) -> list[torch.Tensor | None]:
-    """Parameters after a lesson, by autograd and torch.optim in float64."""
+def in_float64(data: HeadData, heads: Heads, lesson: Lesson) -> list[torch.Tensor]:
+    """Parameters after a lesson, written anew: by autograd and torch.optim in float64."""
     cell = lesson.cell
-    parts = [None if p is None else p.double().requires_grad_() for p in heads.parts(1, cell)]
-    scales, head, projection = parts
-    assert scales is not None and head is not None
-    trained = [p for p in (head, projection, scales if cell.learn_scale else None) if p is not None]
+    parameters = [p.double().requires_grad_() for p in heads.parts(1, cell).tensors()]
+    scales, head, *projections = parameters
+    trained = parameters if cell.learn_scale else parameters[1:]
     optimizer = torch.optim.AdamW(trained, weight_decay=cell.weight_decay)
     for k, rate in enumerate(lesson.rates.tolist()):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        rows = heads.image.rows[torch.from_numpy(lesson.image_order[k])].double()
-        labels = heads.image.labels[torch.from_numpy(lesson.image_order[k])].long()
-        hidden = rows if projection is None else rows @ projection
-        loss = F.cross_entropy((scales[0] * (hidden @ head))[:, : heads.classes], labels)
-        if lesson.text_order is not None:
-            rows = heads.text.rows[torch.from_numpy(lesson.text_order[k])].double()
-            labels = heads.text.labels[torch.from_numpy(lesson.text_order[k])].long()
-            logits = (scales[1] * (rows @ head))[:, : heads.classes]
-            loss = loss + cell.alpha * F.cross_entropy(logits, labels)
-        loss.backward()
+        losses = []
+        for i, modality in enumerate(cell.modalities):
+            order = torch.from_numpy(lesson.orders[i][k])
+            samples = data.train[modality]
+            rows = samples.rows[order].double()
+            if cell.project and i + 1 < len(cell.modalities):
+                rows = rows @ projections[i][: samples.width]
+            rows = F.pad(rows, (0, len(head) - rows.shape[1]))
+            logits = scales[i] * (rows @ head)[:, : data.classes]
+            losses.append(F.cross_entropy(logits, samples.labels[order]))
+        sum([losses[0], *(cell.alpha * loss for loss in losses[1:])]).backward()
         optimizer.step()
-    return [None if p is None else p.detach() for p in parts]
+    return [p.detach() for p in parameters]
+
+
+def test_the_batch_of_an_auxiliary_follows_the_ratio() -> None:
+    data, cell = made_data(), Cell(modalities=THREE, batch=6, ratio=0.25)
+    assert [order.shape for order in one_lesson(data, cell).orders] == [(30, 6), (30, 2), (30, 2)]
+    assert Cell(batch=1, ratio=0.1).batch_of("text") == 1
+
+
+def test_modalities_share_the_targets_draws() -> None:
+    data = made_data()
+    lessons = [
+        one_lesson(data, Cell(modalities=m, shots=2, auxiliary_shots=3))
+        for m in (UNIMODAL, ("image", "text"), THREE)
+    ]
+    assert all(np.array_equal(x.orders[0], lessons[0].orders[0]) for x in lessons)
+    assert np.array_equal(lessons[1].orders[1], lessons[2].orders[2])
+    texts = data.train["text"].labels[np.unique(lessons[1].orders[1])]
+    assert torch.bincount(texts).tolist() == [3] * 7
+    assert not np.array_equal(lessons[2].orders[1], lessons[2].orders[2])
 
 
 def as_values(results: list[CellResult]) -> list[tuple[float, int, int, float]]:
     return [(r.validation, r.step, r.steps, r.test) for r in results]
 
 
+def same_weights(some: list[CellResult], others: list[CellResult]) -> bool:
+    pairs = [(a.weight, b.weight) for a, b in zip(some, others, strict=True)]
+    return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
+
+
 @pytest.mark.native
 def test_a_cell_is_the_same_alone_and_in_a_grid_of_more_cells_than_slots() -> None:
     data = made_data()
     cells = product(
-        mode=("unimodal", "uml"), lr=(1e-2, 1e-3), batch=(3, 8), shots=(1, 2, 0), seed=(1, 2)
+        modalities=(UNIMODAL, THREE), lr=(1e-2, 1e-3), batch=(3, 8), shots=(1, 2, 0), seed=(1, 2)
     )
     assert len(cells) == 48
-    together = train_grid(data, cells, SHORT)
+    together = train_grid(data, cells, SHORT, keep_weights=True)
     assert [r.cell for r in together] == cells
     for k in (0, 7, 29, 47):
-        (alone,) = train_grid(data, [cells[k]], SHORT)
+        (alone,) = train_grid(data, [cells[k]], SHORT, keep_weights=True)
         assert as_values([alone]) == as_values([together[k]])
-        assert torch.equal(alone.weight, together[k].weight)
+        assert same_weights([alone], [together[k]])
     assert len({r.steps for r in together}) > 1  # some stopped early
 
 
 @pytest.mark.native
 def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
     data, cells = made_data(), product(lr=(1e-2, 1e-3), seed=(1, 2, 3), batch=(4, 9))
-    one = train_grid(data, cells, SHORT)
+    one = train_grid(data, cells, SHORT, keep_weights=True)
     torch.set_num_threads(3)
     try:
-        three = train_grid(data, cells, SHORT)
+        three = train_grid(data, cells, SHORT, keep_weights=True)
     finally:
         torch.set_num_threads(1)
-    assert all(torch.equal(a.weight, b.weight) for a, b in zip(one, three, strict=True))
+    assert same_weights(one, three)
 
 
 def test_the_reference_gives_the_same_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, cells = made_data(), product(lr=(1e-2,), seed=(1, 2), mode=("unimodal", "uml"))
-    kernels = train_grid(data, cells, SHORT)
+    data, cells = (
+        made_data(),
+        product(lr=(1e-2,), seed=(1, 2), modalities=(UNIMODAL, ("image", "text"))),
+    )
+    kernels = train_grid(data, cells, SHORT, keep_weights=True)
     monkeypatch.setattr("uml_fast.grid.heads.library", lambda: None)
-    plain = train_grid(data, cells, SHORT)
+    plain = train_grid(data, cells, SHORT, keep_weights=True)
     for a, b in zip(kernels, plain, strict=True):
         assert (a.step, a.steps) == (b.step, b.steps)
         torch.testing.assert_close(a.weight, b.weight, rtol=0, atol=1e-4)
 
 
+def test_results_are_told_as_cells_end_and_weights_only_when_asked_for() -> None:
+    data, cells, told = made_data(), product(lr=(1e-2, 1e-3), seed=(1, 2)), {}
+    results = train_grid(data, cells, SHORT, on_result=lambda i, r: told.update({i: r}))
+    assert [told[i] for i in range(4)] == results
+    assert all(r.weight is None for r in results)
+
+
 def test_early_stopping_keeps_the_best_weights() -> None:
     data = made_data()
-    (result,) = train_grid(data, [Cell(lr=1e-2, batch=8)], SHORT)
-    right = (data.validation.rows @ result.weight.T).argmax(1) == data.validation.labels
+    (result,) = train_grid(data, [Cell(lr=1e-2, batch=8)], SHORT, keep_weights=True)
+    assert result.weight is not None
+    right = (data.validation.rows @ result.weight).argmax(1) == data.validation.labels
     assert float(right.float().mean()) == pytest.approx(result.validation)
     assert result.steps == min(120, result.step + 20 * SHORT.patience)
 
@@ -160,20 +231,35 @@ def test_early_stopping_keeps_the_best_weights() -> None:
 def test_an_epoch_has_every_sample_once_whatever_the_batch() -> None:
     chosen = np.arange(10, 24, dtype=np.int32)
     for batch in (1, 3, 14, 40):
-        whole = sample_order(chosen, 1, 0, batch, 0, 28).ravel()
+        whole = sample_order(chosen, 1, "image", batch, 0, 28).ravel()
         for e in range(len(whole) // 14):
             assert sorted(whole[14 * e : 14 * (e + 1)]) == list(range(10, 24))
-        parts = [sample_order(chosen, 1, 0, batch, a, a + 7).ravel() for a in range(0, 28, 7)]
+        parts = [sample_order(chosen, 1, "image", batch, a, a + 7).ravel() for a in range(0, 28, 7)]
         assert np.array_equal(whole, np.concatenate(parts))
 
 
-def test_shots_are_of_each_class_and_drawn_with_the_seed() -> None:
+def test_shots_are_of_each_class_nested_and_drawn_with_the_seed() -> None:
     labels = torch.arange(60) % 6
-    chosen = few_shot(labels, 4, 1, 6)
+    chosen = few_shot(labels, 4, 1, "image")
     assert np.bincount(labels[chosen]).tolist() == [4] * 6
-    assert np.array_equal(chosen, few_shot(labels, 4, 1, 6))
-    assert not np.array_equal(chosen, few_shot(labels, 4, 2, 6))
-    assert len(few_shot(labels, 0, 1, 6)) == 60
+    assert np.array_equal(chosen, few_shot(labels, 4, 1, "image"))
+    assert not np.array_equal(chosen, few_shot(labels, 4, 2, "image"))
+    assert not np.array_equal(chosen, few_shot(labels, 4, 1, "text"))
+    assert set(few_shot(labels, 2, 1, "image")) < set(chosen)
+    assert len(few_shot(labels, 0, 1, "image")) == 60
+    assert len(few_shot(labels, 50, 1, "image")) == 60
+
+
+def test_a_class_without_samples_is_an_error_or_kept() -> None:
+    data = made_data()
+    few = data.train["text"].labels != 2
+    texts = Features(data.train["text"].rows[few], data.train["text"].labels[few])
+    train = {**data.train, "text": texts}
+    with pytest.raises(DataError, match=r"train of text has no sample of 1 of 7 classes \(2\)"):
+        dataclasses.replace(data, train=train)
+    kept = dataclasses.replace(data, train=train, missing_classes="keep")
+    (result,) = train_grid(kept, [Cell(lr=1e-2, init="text", shots=2, auxiliary_shots=2)], SHORT)
+    assert result.validation > 1 / 7
 
 
 def test_rates_are_those_of_the_paper() -> None:
@@ -191,12 +277,32 @@ def test_rates_are_those_of_the_paper() -> None:
         ({"lr": float("nan")}, "lr is nan"),
         ({"batch": 0}, "batch is 0"),
         ({"alpha": -1.0}, "alpha is -1.0"),
-        ({"mode": "unimodal", "init": "text"}, "init is text"),
+        ({"ratio": 0.0}, "ratio is 0.0"),
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"auxiliary_shots": -1}, "auxiliary_shots is -1"),
+        ({"modalities": ("image", "image")}, "must be different names"),
+        ({"modalities": ()}, "must be different names"),
+        ({"modalities": ("image",), "init": "text"}, "init is text"),
     ],
 )
 def test_a_cell_refuses(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Cell(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (Cell(modalities=("text",)), "a cell has the target text"),
+        (Cell(modalities=("image", "video")), "names the modality video"),
+        (Cell(modalities=("image",), init="video", project=False), "names the modality video"),
+        (Cell(project=False), "differ: image 20, text 37"),
+        (Cell(modalities=("image",), project=False, init="text"), "differ: image 20, text 37"),
+    ],
+)
+def test_a_grid_refuses_cells_that_do_not_fit_the_data(wrong: Cell, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        train_grid(made_data(), [Cell(), wrong], SHORT)
 
 
 def test_data_refuses() -> None:
@@ -206,7 +312,11 @@ def test_data_refuses() -> None:
     with pytest.raises(DataError, match="one for each of the 4 samples"):
         Features(rows, labels[:3])
     good = Features(rows, labels)
+    rest = {"target": "image", "train": {"image": good}, "validation": good, "test": good}
     with pytest.raises(DataError, match=r"labels 0\.\.3; there are 3 classes"):
-        HeadData(good, good, good, good, 3)
-    with pytest.raises(DataError, match="class 4 has no sample"):
-        few_shot(labels, 1, 1, 5)
+        HeadData(**rest, classes=3)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="no training samples of the target audio"):
+        HeadData(**{**rest, "target": "audio"}, classes=4)  # type: ignore[arg-type]
+    wide = Features(torch.zeros(4, 5), labels)
+    with pytest.raises(DataError, match="test has 5 features, train 3"):
+        HeadData(**{**rest, "test": wide}, classes=4)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -15,29 +15,45 @@ from uml_fast.config import require
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One head: how it is trained and on which samples."""
+    """One head on frozen features: what it sees and how it is trained.
 
-    mode: Literal["unimodal", "uml"] = "uml"
-    """unimodal: images alone, one matrix; uml: a projection of images to the width of text, then
-    the head that both share."""
+    The head lives in the space of the last modality of ``modalities``. Every other one has a
+    bias-free projection into that space, or none where ``project`` is False.
+    """
+
+    modalities: tuple[str, ...] = ("image", "text")
+    """Target first, then the auxiliaries; ("image",) is the unimodal baseline."""
     lr: float = 1e-3
     """Largest learning rate."""
     weight_decay: float = 0.0
     """Decay of AdamW."""
     batch: int = 32
-    """Images, and texts, of a step."""
+    """Samples of the target in a step."""
     alpha: float = 1.0
-    """Weight of the loss of text."""
+    """Weight of the loss of each auxiliary."""
+    ratio: float = 1.0
+    """Samples of each auxiliary for one of the target in a step (paper E.11); at least one."""
     shots: int = 0
-    """Training images of each class, drawn with the seed; 0: all."""
+    """Training samples of each class of the target, drawn with the seed; 0: all."""
+    auxiliary_shots: int = 0
+    """Training samples of each class of every auxiliary, drawn with the seed; 0: all."""
     seed: int = 1
     """Draws the shots, the first weights and the order of samples."""
     learn_scale: bool = True
-    """Learn a logit scale per modality (first value 1)."""
-    init: Literal["random", "text"] = "random"
-    """text: the head starts as the L2-normalised mean text of each class ("Ours (init)")."""
+    """Learn a logit scale per modality."""
+    scale: float = 1.0
+    """Logit scale of every modality, at first where it is learned; 100 for CLIP."""
+    init: str = "random"
+    """"random", or the modality whose L2-normalised class means start the head ("Ours (init)")."""
+    project: bool = True
+    """False: encoders that are aligned, as CLIP's; all modalities have one width."""
 
     def __post_init__(self) -> None:
+        names = self.modalities
+        require(
+            len(names) > 0 and len(set(names)) == len(names) and "random" not in names,
+            f"modalities are {names}; they must be different names, the target first",
+        )
         require(0 < self.lr < math.inf, f"lr is {self.lr}; it must be positive and finite")
         require(
             0 <= self.weight_decay < math.inf,
@@ -45,12 +61,35 @@ class Cell:
         )
         require(self.batch >= 1, f"batch is {self.batch}; it must be >= 1")
         require(0 <= self.alpha < math.inf, f"alpha is {self.alpha}; it must be finite and >= 0")
-        require(self.shots >= 0, f"shots is {self.shots}; it must be >= 0")
+        require(0 < self.ratio < math.inf, f"ratio is {self.ratio}; it must be positive and finite")
+        for name in ("shots", "auxiliary_shots"):
+            shots = getattr(self, name)
+            require(shots >= 0, f"{name} is {shots}; it must be >= 0")
         require(0 <= self.seed < 1 << 63, f"seed is {self.seed}; it must be in 0..2**63 - 1")
+        require(0 < self.scale < math.inf, f"scale is {self.scale}; it must be positive and finite")
         require(
-            self.mode == "uml" or self.init == "random",
-            "init is text in mode unimodal; its head does not see text",
+            self.init in ("random", names[-1]) or not self.project,
+            f"init is {self.init}; with projections the head starts random or from {names[-1]}, "
+            "the last modality, in whose space it lives",
         )
+
+    def batch_of(self, modality: str) -> int:
+        """Samples of a modality in a step."""
+        if modality == self.modalities[0]:
+            return self.batch
+        return max(1, round(self.ratio * self.batch))
+
+    def weight_of(self, modality: str) -> float:
+        """Weight of a modality's loss."""
+        return 1.0 if modality == self.modalities[0] else self.alpha
+
+    def shots_of(self, modality: str) -> int:
+        """Training samples of each class of a modality; 0: all."""
+        return self.shots if modality == self.modalities[0] else self.auxiliary_shots
+
+    def is_projected(self, modality: str) -> bool:
+        """Whether a modality reaches the head through a projection."""
+        return self.project and modality != self.modalities[-1]
 
 
 def product(**axes: Sequence[Any]) -> list[Cell]:

@@ -6,13 +6,18 @@ Legend: n samples, D features of one, C classes.
 from __future__ import annotations
 
 import functools
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from uml_fast.config import require
 from uml_fast.data.source import DataError
+from uml_fast.grid.cells import Cell
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,29 +51,47 @@ class Features:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.rows.shape[1]
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class HeadData:
     """All samples of an experiment.
 
     Raises:
-        DataError: an empty split, splits of different widths, or a label that is no class.
+        DataError: an empty split, splits of different widths, a label that is no class, or a class
+            that a modality has no training sample of (unless ``missing_classes`` is keep).
     """
 
-    train: Features
-    """Images that shots are drawn from."""
+    target: str
+    """Modality that heads are validated and tested on."""
+    train: Mapping[str, Features]
+    """Training samples of every modality; shots are drawn from them."""
     validation: Features
-    """Images for early stopping and choosing; at most 4 a class where cells have shots."""
+    """Target samples for early stopping and choosing; at most 4 a class where cells have shots."""
     test: Features
-    """Images of the reported accuracy."""
-    text: Features
-    """Texts of the classes: every prompt, some of them, or one mean each."""
+    """Target samples of the reported accuracy."""
     classes: int
-    """C."""
+    """C, of all modalities."""
+    missing_classes: Literal["error", "keep"] = "error"
+    """A class that a modality has no training sample of: error, or keep it, trained on the samples
+    that the other modalities have of it."""
 
     def __post_init__(self) -> None:
-        for name in ("train", "validation", "test", "text"):
-            split: Features = getattr(self, name)
+        require(
+            self.missing_classes in ("error", "keep"),
+            f"missing_classes is {self.missing_classes}; it must be error or keep",
+        )
+        if self.target not in self.train:
+            raise DataError(
+                f"there are no training samples of the target {self.target}; train has "
+                f"{', '.join(self.train) or 'nothing'}"
+            )
+        splits = {f"train of {name}": split for name, split in self.train.items()}
+        for name, split in {**splits, "validation": self.validation, "test": self.test}.items():
             if not len(split):
                 raise DataError(f"{name} has no samples")
             lowest, highest = int(split.labels.min()), int(split.labels.max())
@@ -76,37 +99,83 @@ class HeadData:
                 raise DataError(
                     f"{name} has labels {lowest}..{highest}; there are {self.classes} classes"
                 )
-            if name != "text" and split.rows.shape[1] != self.train.rows.shape[1]:
-                raise DataError(
-                    f"{name} has {split.rows.shape[1]} features, train {self.train.rows.shape[1]}"
-                )
+            if name in splits and self.missing_classes == "error":
+                self._require_every_class(name, split)
+        width = self.train[self.target].width
+        for name, split in (("validation", self.validation), ("test", self.test)):
+            if split.width != width:
+                raise DataError(f"{name} has {split.width} features, train {width}")
+
+    def _require_every_class(self, name: str, split: Features) -> None:
+        missing = (torch.bincount(split.labels, minlength=self.classes) == 0).nonzero().ravel()
+        if len(missing):
+            shown = ", ".join(str(c) for c in missing[:5].tolist())
+            raise DataError(
+                f"{name} has no sample of {len(missing)} of {self.classes} classes ({shown}"
+                f"{', ...' if len(missing) > 5 else ''}); take them out of every modality, or set "
+                "missing_classes='keep' to train them on the other modalities alone"
+            )
+
+    def check(self, cell: Cell) -> None:
+        """Whether a cell can be trained on these samples.
+
+        Raises:
+            DataError: it names a modality that is not here, another target, or modalities without
+                projections whose widths differ.
+        """
+        if cell.modalities[0] != self.target:
+            raise DataError(
+                f"a cell has the target {cell.modalities[0]}; validation and test samples are of "
+                f"{self.target}"
+            )
+        used = {*cell.modalities, *({cell.init} - {"random"})}
+        if absent := sorted(used - set(self.train)):
+            raise DataError(
+                f"a cell names the modality {absent[0]}; there are training samples of "
+                f"{', '.join(self.train)}"
+            )
+        widths = {name: self.train[name].width for name in sorted(used)}
+        if not cell.project and len(set(widths.values())) > 1:
+            shown = ", ".join(f"{name} {width}" for name, width in widths.items())
+            raise DataError(
+                f"a cell has no projections, but the features of its modalities differ: {shown}; "
+                "set project=True"
+            )
 
 
-def few_shot(labels: Tensor, shots: int, seed: int, classes: int) -> np.ndarray:
+def stream(*parts: int | str) -> np.random.Generator:
+    """The random numbers of one purpose: every seed, purpose and modality has its own."""
+    key = [zlib.crc32(p.encode()) if isinstance(p, str) else p for p in parts]
+    return np.random.default_rng(key)
+
+
+@functools.lru_cache(maxsize=256)
+def _shuffled(seed: int, split: str, label: int, count: int) -> np.ndarray:
+    return stream(seed, "shots", split, label).permutation(count)
+
+
+def few_shot(labels: Tensor, shots: int, seed: int, split: str) -> np.ndarray:
     """int32 samples: ``shots`` of each class, or all where it has fewer; 0: all samples.
 
-    Raises:
-        DataError: a class without samples.
+    The samples of fewer shots are among those of more with the same seed; ``split`` names what is
+    drawn from, so that every one has its own draws.
     """
     of = labels.numpy()
     if shots == 0:
         return np.arange(len(of), dtype=np.int32)
-    missing = np.setdiff1d(np.arange(classes), of)
-    if len(missing):
-        raise DataError(f"class {missing[0]} has no sample to draw {shots} shots from")
-    rng = np.random.default_rng([seed, shots])
-    chosen = [rng.permutation(np.flatnonzero(of == c))[:shots] for c in range(classes)]
+    order = np.argsort(of, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(of[order])) + 1)
+    chosen = [g[_shuffled(seed, split, int(of[g[0]]), len(g))[:shots]] for g in groups]
     return np.sort(np.concatenate(chosen)).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=512)
-def _epoch(seed: int, stream: int, epoch: int, samples: int) -> np.ndarray:
-    order = np.random.default_rng([seed, stream, epoch]).permutation(samples)
-    return order.astype(np.int32)
+def _epoch(seed: int, modality: str, epoch: int, samples: int) -> np.ndarray:
+    return stream(seed, "order", modality, epoch).permutation(samples).astype(np.int32)
 
 
 def sample_order(
-    chosen: np.ndarray, seed: int, stream: int, batch: int, begin: int, end: int
+    chosen: np.ndarray, seed: int, modality: str, batch: int, begin: int, end: int
 ) -> np.ndarray:
     """int32 (end - begin, batch) samples of each step.
 
@@ -115,6 +184,6 @@ def sample_order(
     """
     first, last, n = begin * batch, end * batch, len(chosen)
     epochs = range(first // n, -(-last // n))
-    order = np.concatenate([_epoch(seed, stream, e, n) for e in epochs])
+    order = np.concatenate([_epoch(seed, modality, e, n) for e in epochs])
     at = first - epochs[0] * n
     return np.ascontiguousarray(chosen[order[at : at + last - first]].reshape(-1, batch))

@@ -1,16 +1,16 @@
 """Parameters of the cells in training, side by side in memory, and the steps that change them.
 
-Legend: K cells at a time, D features of an image, E of the head's input, C classes; sizes of
-features and classes in memory are multiples of 16, filled with zeros, so that rows are whole
-vectors.
+Legend: K cells at a time, k modalities of a cell, D features of a modality, E of the head's input,
+C classes; sizes of features and classes in memory are multiples of 16, filled with zeros, so that
+rows are whole vectors.
 
-A cell's parameters are one row: two logit scales (padded to 16), the head (E, C), the projection
-(D, E). mode unimodal: no projection, E = D.
+A cell's parameters are one row: k logit scales (padded to a multiple of 16), the head (E, C), then
+the projection (D, E) of each modality that has one, in the cell's order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uml_fast.grid.cells import Cell
-from uml_fast.grid.features import Features, HeadData
+from uml_fast.grid.features import Features, HeadData, few_shot, stream
 from uml_fast.kernels.native.library import library
 
 ALIGN = 16
@@ -43,10 +43,14 @@ class Bank:
     @staticmethod
     def of(features: Features) -> Bank:
         """A copy of features."""
-        n, width = features.rows.shape
-        rows = torch.zeros(n, padded(width))
-        rows[:, :width] = features.rows
+        rows = torch.zeros(len(features), padded(features.width))
+        rows[:, : features.width] = features.rows
         return Bank(rows, features.labels.int())
+
+    @property
+    def width(self) -> int:
+        """Padded features."""
+        return self.rows.shape[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,10 +62,24 @@ class Lesson:
     """Steps that were done before."""
     rates: np.ndarray
     """float32 (steps,) learning rates."""
-    image_order: np.ndarray
-    """int32 (steps, batch) training images."""
-    text_order: np.ndarray | None
-    """int32 (steps, batch) texts; None: images alone."""
+    orders: tuple[np.ndarray, ...]
+    """int32 (steps, batch) training samples of each of the cell's modalities."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts:
+    """Views of a cell's parameters, or of a moment of them."""
+
+    scales: Tensor
+    """(k,) logit scales."""
+    head: Tensor
+    """(E, C)."""
+    projections: tuple[Tensor | None, ...]
+    """(D, E) of each of the k modalities; None: its features are the head's input."""
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are: scales, head, projections."""
+        return [self.scales, self.head, *(p for p in self.projections if p is not None)]
 
 
 class Heads:
@@ -69,89 +87,114 @@ class Heads:
 
     Args:
         data: features and sizes.
+        cells: those that slots must have room for.
         slots: K.
     """
 
-    def __init__(self, data: HeadData, slots: int) -> None:
-        self.image, self.text = Bank.of(data.train), Bank.of(data.text)
-        self._image_dim, self._text_dim = data.train.rows.shape[1], data.text.rows.shape[1]
+    def __init__(self, data: HeadData, cells: Iterable[Cell], slots: int) -> None:
+        self.data = data
         self.classes = data.classes
-        self._text_means = _class_means(data.text, data.classes)
-        size = ALIGN + self._head_rows("uml") * padded(self.classes)
-        size += self.image.rows.shape[1] * self.text.rows.shape[1]
-        unimodal = ALIGN + self._head_rows("unimodal") * padded(self.classes)
-        self._state = torch.zeros(slots, 3, max(size, unimodal))
+        cells = list(cells)
+        self.banks = {name: Bank.of(data.train[name]) for c in cells for name in c.modalities}
+        self._state = torch.zeros(slots, 3, max(self._floats(c) for c in cells))
 
-    def _head_rows(self, mode: str) -> int:
-        return (self.text if mode == "uml" else self.image).rows.shape[1]
+    def _floats(self, cell: Cell) -> int:
+        width = self.banks[cell.modalities[-1]].width
+        inputs = sum(self.banks[m].width for m in cell.modalities if cell.is_projected(m))
+        return padded(len(cell.modalities)) + width * (padded(self.classes) + inputs)
 
-    def parts(self, slot: int, cell: Cell, kind: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Views of a slot: scales (2,), head (E, C) and projection (D, E), as a cell uses it.
+    def parts(self, slot: int, cell: Cell, kind: int = 0) -> Parts:
+        """Views of a slot as a cell uses it.
 
         ``kind`` 0: weights; 1, 2: first and second moments of AdamW.
         """
-        row, rows, cols = self._state[slot, kind], self._head_rows(cell.mode), padded(self.classes)
-        at = ALIGN + rows * cols
-        head = row[ALIGN:at].view(rows, cols)
-        if cell.mode == "unimodal":
-            return row[:2], head, None
-        images = self.image.rows.shape[1]
-        return row[:2], head, row[at : at + images * rows].view(images, rows)
+        row = self._state[slot, kind]
+        rows, cols = self.banks[cell.modalities[-1]].width, padded(self.classes)
+        at = padded(len(cell.modalities))
+        head = row[at : at + rows * cols].view(rows, cols)
+        at += rows * cols
+        projections: list[Tensor | None] = []
+        for modality in cell.modalities:
+            if not cell.is_projected(modality):
+                projections.append(None)
+                continue
+            width = self.banks[modality].width
+            projections.append(row[at : at + width * rows].view(width, rows))
+            at += width * rows
+        return Parts(row[: len(cell.modalities)], head, tuple(projections))
 
     def start(self, slot: int, cell: Cell) -> None:
-        """Put a cell with freshly drawn weights into a slot (torch.nn.Linear's distribution)."""
+        """Put a cell with its first weights into a slot (torch.nn.Linear's distribution)."""
         self._state[slot].zero_()
-        scales, head, projection = self.parts(slot, cell)
-        scales.fill_(1)
-        generator = torch.Generator().manual_seed(cell.seed)
+        parts, train = self.parts(slot, cell), self.data.train
+        parts.scales.fill_(cell.scale)
+        width = train[cell.modalities[-1]].width
 
-        def draw(out_features: int, in_features: int) -> Tensor:
-            values = torch.rand(out_features, in_features, generator=generator)
-            return (values * 2 - 1) / in_features**0.5
+        def draw(name: str, rows: int, cols: int) -> Tensor:
+            values = stream(cell.seed, "weights", name).random((rows, cols), dtype=np.float32)
+            return torch.from_numpy(values * 2 - 1) / rows**0.5
 
-        if projection is None:
-            head[: self._image_dim, : self.classes] = draw(self.classes, self._image_dim).T
-            return
-        projection[: self._image_dim, : self._text_dim] = draw(self._text_dim, self._image_dim).T
-        drawn = draw(self.classes, self._text_dim)
-        first = F.normalize(self._text_means) if cell.init == "text" else drawn
-        head[: self._text_dim, : self.classes] = first.T
+        for modality, projection in zip(cell.modalities, parts.projections, strict=True):
+            if projection is not None:
+                rows = train[modality].width
+                projection[:rows, :width] = draw(modality, rows, width)
+        first = draw("head", width, self.classes)
+        if cell.init != "random":
+            first = class_directions(self.data, cell).T
+        parts.head[:width, : self.classes] = first
 
     def folded(self, slot: int, cell: Cell) -> Tensor:
-        """(D, C) the one matrix that a cell is for an image."""
-        scales, head, projection = self.parts(slot, cell)
-        whole = head if projection is None else projection @ head
-        return whole[: self._image_dim, : self.classes] * scales[0]
+        """(D, C) the one matrix that a cell is for a sample of the target."""
+        parts = self.parts(slot, cell)
+        projection = parts.projections[0]
+        whole = parts.head if projection is None else projection @ parts.head
+        width = self.data.train[self.data.target].width
+        return whole[:width, : self.classes] * parts.scales[0]
 
     def train(self, lessons: Mapping[int, Lesson]) -> None:
         """The next steps of the cells in some slots."""
         native = library()
-        if native is None:
-            from uml_fast.grid.reference import train_cell
+        by_kind: dict[tuple[str, ...], dict[int, Lesson]] = {}
+        for slot, lesson in lessons.items():
+            if native is not None and _is_native(lesson.cell):
+                by_kind.setdefault(lesson.cell.modalities, {})[slot] = lesson
+            else:
+                from uml_fast.grid.reference import train_cell
 
-            for slot, lesson in lessons.items():
                 train_cell(self, slot, lesson)
-            return
-        native.train_heads(
-            torch.get_num_threads(),
-            self.image.rows.data_ptr(), self.image.labels.data_ptr(), self.image.rows.shape[1],
-            self.text.rows.data_ptr(), self.text.labels.data_ptr(), self.text.rows.shape[1],
-            self.classes,
-            [
-                (
-                    *(self._state[slot, kind].data_ptr() for kind in range(3)),
-                    x.image_order.ctypes.data,
-                    0 if x.text_order is None else x.text_order.ctypes.data,
-                    x.rates.ctypes.data, x.begin, len(x.rates), x.cell.batch, x.cell.alpha,
-                    x.cell.weight_decay, x.cell.mode == "uml", x.cell.learn_scale,
-                )
-                for slot, x in lessons.items()
-            ],
-        )  # fmt: skip
+        for modalities, some in by_kind.items():
+            target, text = self.banks[modalities[0]], self.banks[modalities[-1]]
+            native.train_heads(
+                torch.get_num_threads(),
+                target.rows.data_ptr(), target.labels.data_ptr(), target.width,
+                text.rows.data_ptr(), text.labels.data_ptr(), text.width, self.classes,
+                [
+                    (
+                        *(self._state[slot, kind].data_ptr() for kind in range(3)),
+                        x.orders[0].ctypes.data,
+                        x.orders[1].ctypes.data if len(x.orders) > 1 else 0,
+                        x.rates.ctypes.data, x.begin, len(x.rates), x.cell.batch, x.cell.alpha,
+                        x.cell.weight_decay, x.cell.is_projected(modalities[0]),
+                        x.cell.learn_scale,
+                    )
+                    for slot, x in some.items()
+                ],
+            )  # fmt: skip
 
 
-def _class_means(text: Features, classes: int) -> Tensor:
-    """(C, E) mean of each class, zeros where it has no text."""
-    sums = torch.zeros(classes, text.rows.shape[1]).index_add_(0, text.labels, text.rows)
-    counts = torch.bincount(text.labels, minlength=classes).clamp(min=1)
-    return sums / counts.unsqueeze(1)
+def _is_native(cell: Cell) -> bool:
+    """Whether the kernels know a cell: one or two modalities with batches of one size."""
+    return len(cell.modalities) <= 2 and cell.batch_of(cell.modalities[-1]) == cell.batch
+
+
+def class_directions(data: HeadData, cell: Cell) -> Tensor:
+    """(C, E) L2-normalised means of the samples that a cell sees of its ``init`` modality.
+
+    Zeros for a class without samples.
+    """
+    samples = data.train[cell.init]
+    chosen = torch.from_numpy(
+        few_shot(samples.labels, cell.shots_of(cell.init), cell.seed, cell.init)
+    )
+    rows, labels = samples.rows[chosen], samples.labels[chosen]
+    return F.normalize(torch.zeros(data.classes, samples.width).index_add_(0, labels, rows))

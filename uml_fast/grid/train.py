@@ -21,8 +21,8 @@ from uml_fast.grid.heads import Heads, Lesson
 
 _SLOTS = 32
 """Cells in training at a time: enough to keep the threads busy while single ones stop."""
-_IMAGES, _TEXTS = 0, 1
-"""Streams of sample orders."""
+_MOST_SHOTS = 4
+"""Validation samples of each class that a cell with shots sees, if it has as many shots."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,9 +37,10 @@ class CellResult:
     steps: int
     """Steps trained."""
     test: float
-    """Accuracy on the test images with the weights of that step, 0..1."""
-    weight: Tensor
-    """float32 (classes, features): those weights as one matrix, projection and scale included."""
+    """Accuracy on the test samples with the weights of that step, 0..1."""
+    weight: Tensor | None
+    """float32 (D, C): those weights as one matrix, projection and scale of the target included, so
+    that logits are ``rows @ weight``; None unless asked for."""
 
 
 @dataclass(slots=True)
@@ -48,7 +49,7 @@ class _Progress:
 
     number: int
     cell: Cell
-    chosen: np.ndarray
+    chosen: tuple[np.ndarray, ...]
     held_out: Tensor
     done: int = 0
     best: float = -1.0
@@ -62,24 +63,31 @@ def train_grid(
     cells: Sequence[Cell],
     schedule: HeadSchedule | None = None,
     *,
-    report: Callable[[int, int], None] | None = None,
+    keep_weights: bool = False,
+    on_result: Callable[[int, CellResult], None] | None = None,
 ) -> list[CellResult]:
     """Train every cell of a grid; results in the order of ``cells``.
 
     Args:
-        data: features of images and texts.
+        data: features of every modality.
         cells: what is trained (``product`` makes them).
         schedule: length, learning rate and early stopping; None: the paper's.
-        report: called with the number of cells that are done, and of all, when one ends.
+        keep_weights: also give the matrix of each cell (D * C floats each).
+        on_result: called with the place in ``cells`` and the result of a cell when it ends.
 
     Raises:
-        DataError: a cell asks for shots of a class that has no image.
+        DataError: a cell that these samples cannot train (``HeadData.check``).
     """
     schedule = schedule or HeadSchedule()
+    for cell in cells:
+        data.check(cell)
+    if not cells:
+        return []
     waiting = list(enumerate(cells))[::-1]
-    heads = Heads(data, min(_SLOTS, max(1, len(cells))))
+    slots = min(_SLOTS, len(cells))
+    heads = Heads(data, cells, slots)
     held: dict[int, _Progress] = {}
-    free = list(range(min(_SLOTS, len(cells))))
+    free = list(range(slots))
     results: dict[int, CellResult] = {}
     while waiting or held:
         while waiting and free:
@@ -89,19 +97,20 @@ def train_grid(
             held[slot] = _begin(data, number, cell)
         for slot, progress in list(held.items()):
             if _look(data, heads, slot, progress, schedule):
-                results[progress.number] = _result(data, progress)
+                result = _result(data, progress, keep_weights)
+                results[progress.number] = result
                 del held[slot]
                 free.append(slot)
-                if report is not None:
-                    report(len(results), len(cells))
-        _advance(data, heads, held, schedule)
+                if on_result is not None:
+                    on_result(progress.number, result)
+        _advance(heads, held, schedule)
     return [results[i] for i in range(len(cells))]
 
 
 def _begin(data: HeadData, number: int, cell: Cell) -> _Progress:
-    chosen = few_shot(data.train.labels, cell.shots, cell.seed, data.classes)
-    of_validation = few_shot(data.validation.labels, min(4, cell.shots), cell.seed, data.classes)
-    return _Progress(number, cell, chosen, torch.from_numpy(of_validation))
+    shots = min(_MOST_SHOTS, cell.shots)
+    held_out = few_shot(data.validation.labels, shots, cell.seed, "validation")
+    return _Progress(number, cell, chosen_samples(data, cell), torch.from_numpy(held_out))
 
 
 def _look(
@@ -120,36 +129,37 @@ def _look(
     return progress.done >= schedule.steps or progress.failures >= schedule.patience
 
 
-def _result(data: HeadData, progress: _Progress) -> CellResult:
+def _result(data: HeadData, progress: _Progress, keep_weights: bool) -> CellResult:
     right = (data.test.rows @ progress.weight).argmax(1) == data.test.labels
     return CellResult(
         progress.cell, progress.best, progress.best_step, progress.done,
-        float(right.float().mean()), progress.weight.T.contiguous(),
+        float(right.float().mean()), progress.weight if keep_weights else None,
     )  # fmt: skip
 
 
+def chosen_samples(data: HeadData, cell: Cell) -> tuple[np.ndarray, ...]:
+    """int32 training samples that a cell sees of each of its modalities."""
+    return tuple(
+        few_shot(data.train[m].labels, cell.shots_of(m), cell.seed, m) for m in cell.modalities
+    )
+
+
 def next_lesson(
-    data: HeadData, cell: Cell, begin: int, end: int, schedule: HeadSchedule,
-    chosen: np.ndarray | None = None,
-) -> Lesson:  # fmt: skip
-    """Steps [begin, end) of a cell; ``chosen`` are its shots if they are drawn already."""
-    if chosen is None:
-        chosen = few_shot(data.train.labels, cell.shots, cell.seed, data.classes)
-    text_order = None
-    if cell.mode == "uml":
-        everything = np.arange(len(data.text), dtype=np.int32)
-        text_order = sample_order(everything, cell.seed, _TEXTS, cell.batch, begin, end)
-    image_order = sample_order(chosen, cell.seed, _IMAGES, cell.batch, begin, end)
-    return Lesson(cell, begin, schedule.rates(cell.lr, begin, end), image_order, text_order)
+    cell: Cell, chosen: tuple[np.ndarray, ...], begin: int, end: int, schedule: HeadSchedule
+) -> Lesson:
+    """Steps [begin, end) of a cell on the samples ``chosen`` of each modality."""
+    orders = tuple(
+        sample_order(some, cell.seed, modality, cell.batch_of(modality), begin, end)
+        for modality, some in zip(cell.modalities, chosen, strict=True)
+    )
+    return Lesson(cell, begin, schedule.rates(cell.lr, begin, end), orders)
 
 
-def _advance(
-    data: HeadData, heads: Heads, held: dict[int, _Progress], schedule: HeadSchedule
-) -> None:
+def _advance(heads: Heads, held: dict[int, _Progress], schedule: HeadSchedule) -> None:
     """The steps of every cell in training until its next look."""
     lessons = {}
     for slot, p in held.items():
         end = min(p.done + schedule.eval_every, schedule.steps)
-        lessons[slot] = next_lesson(data, p.cell, p.done, end, schedule, p.chosen)
+        lessons[slot] = next_lesson(p.cell, p.chosen, p.done, end, schedule)
         p.done = end
     heads.train(lessons)
