@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from tests.example_run import make_run
+from uml_fast.analysis.statistics import correct_rows
 from uml_fast.log import RunFolderError
 from uml_fast.report import ReportError, print_table, write_report
 
@@ -184,6 +185,20 @@ class TestVerdicts:
         assert '<h1 class="better">UML is better in 3 of 3 settings</h1>' in page
         assert page.count('role="img" aria-label="8 shots: head') == 1
         assert "8 shots: UML is better" in print_table(summary)
+
+    def test_settings_are_corrected_for_being_several(self, tmp_path):
+        summary = make_run(tmp_path, curves=False, shots=(1, 2, 8))
+        rows = correct_rows(summary["comparison"])
+        said = "3 settings were compared: corrected for that (Holm), UML is better in 3"
+        assert said in print_table({**summary, "comparison": rows})
+        rows[1]["p_holm"] = 0.2
+        (tmp_path / "summary.json").write_text(
+            json.dumps({**summary, "comparison": rows, "searched": 60})
+        )
+        page = write_report(tmp_path).read_text()
+        assert '<h1 class="better">UML is better in 2 of 3 settings</h1>' in page
+        assert "UML is better in 2 and worse in 0 of them." in page
+        assert "Each value is that of the configuration, of 60, that was best" in page
 
 
 class TestTable:

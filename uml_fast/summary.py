@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from uml_fast.analysis.statistics import mean_interval, paired_comparison
+from uml_fast.analysis.statistics import correct_rows, mean_interval, paired_comparison
 from uml_fast.analysis.theory import TheoremCheck, check_all
 from uml_fast.config import RunConfig
 from uml_fast.data.source import Task, in_memory
@@ -58,19 +58,7 @@ def compare(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[s
         [by_mode["uml"][s] for s in seeds],
         lower_is_better=config.metric == "error",
     )
-    return [
-        {
-            "shots": None,
-            "metric": config.metric,
-            "unimodal_mean": c.unimodal_mean,
-            "uml_mean": c.uml_mean,
-            "paired_diff_mean": c.paired_diff_mean,
-            "ci95_low": c.ci95_low,
-            "ci95_high": c.ci95_high,
-            "n": c.n,
-            "verdict": c.verdict,
-        }
-    ]
+    return correct_rows([{"shots": None, "metric": config.metric} | dataclasses.asdict(c)])
 
 
 def baselines(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 from uml_fast.log import RunFolderError, read_metrics
 from uml_fast.report import sections
 from uml_fast.report.sections import ReportError, escape, together, versions_of
-from uml_fast.report.table import beaten_by, metric_of
+from uml_fast.report.table import beaten_by, metric_of, searched
 
 
 def write_report(folder: Path) -> Path:
@@ -94,7 +94,7 @@ def _headline(summary: Mapping[str, Any] | None) -> tuple[str, str, str]:
     rows = summary["comparison"]
     lead = "".join(
         f'<p class="warning">{escape(s[0].upper() + s[1:])}.</p>' for s in beaten_by(summary)
-    )
+    ) + "".join(f'<p class="note">{escape(s[0].upper() + s[1:])}.</p>' for s in searched(summary))
     if not rows:
         lead += '<p class="note">A paired comparison needs both modes with the same seeds.</p>'
         return "No comparison", "", lead

@@ -57,9 +57,12 @@ class Metric:
         )
 
     def side(self, entry: Mapping[str, Any]) -> str:
-        """better or worse where the interval of the difference excludes zero, else nothing."""
+        """better or worse where the interval of the difference excludes zero, else nothing.
+
+        Nothing either where the correction for several settings (``p_holm``) does not uphold it.
+        """
         low, high = entry.get("ci95_low"), entry.get("ci95_high")
-        if low is None or high is None or low <= 0 <= high:
+        if low is None or high is None or low <= 0 <= high or (entry.get("p_holm") or 0.0) > 0.05:
             return ""
         return "better" if (low > 0) != self.lower_is_better else "worse"
 
@@ -96,7 +99,7 @@ def print_table(summary: Mapping[str, Any]) -> str:
     many = len(summary["comparison"]) > 1
     lines += [f"{setting(summary, c)}: {c['verdict']}" if many else c["verdict"]
               for c in summary["comparison"]]  # fmt: skip
-    lines += beaten_by(summary)
+    lines += searched(summary) + beaten_by(summary)
     rates = [
         f"{label} {rate(summary, key)}" for key, label, _ in THROUGHPUT if has_rate(summary, key)
     ]
@@ -140,6 +143,27 @@ def beaten_by(summary: Mapping[str, Any]) -> list[str]:
                     f"{where}the baseline {b['name']} ({m.text(b['mean'])}) is better than UML "
                     f"({m.text(c['uml_mean'])})"
                 )
+    return out
+
+
+def searched(summary: Mapping[str, Any]) -> list[str]:
+    """What must be said where several settings were compared, or a grid was searched.
+
+    ``summary["searched"]`` is the number of configurations that each value was chosen from.
+    """
+    out = []
+    rows = [c for c in summary["comparison"] if c.get("p_holm") is not None]
+    if len(rows) > 1:
+        sides = [metric_of(summary, c).side(c) for c in rows]
+        out.append(
+            f"{len(summary['comparison'])} settings were compared: corrected for that (Holm), UML "
+            f"is better in {sides.count('better')} and worse in {sides.count('worse')} of them"
+        )
+    if (summary.get("searched") or 1) > 1:
+        out.append(
+            f"each value is that of the configuration, of {summary['searched']}, that was best on "
+            "the validation samples, chosen for each mode alone; test samples chose nothing"
+        )
     return out
 
 
