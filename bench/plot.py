@@ -19,6 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import RESULTS, ROOT
+from uml_fast.data.synthetic import SHAPES
+from uml_fast.model.transformer import multibench
+from uml_fast.scaling import Chip, Cluster, Network, Stream, predict
+
+_ROWS_OF = {"scaling": "step"}
+"""Table -> the bench whose rows it shows, where their names differ."""
 
 Content = dict[str, Any]
 """One file of rows."""
@@ -156,6 +162,42 @@ def grid_table(content: Content) -> str:
     return "\n".join([*lines, "", conditions(content)])
 
 
+def scaling_table(content: Content) -> str:
+    """Markdown: what docs/scaling.md's model predicts for each step, and what was measured."""
+    lines = [
+        "| d | predicted, tokens/s | of it the products alone | measured | part reached |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in (r for r in content["rows"] if r["provider"] == "uml_fast" and "peak_tflops" in r):
+        backbone = multibench(row["d"])
+        streams = tuple(
+            Stream(
+                name=name, share=s.mean, tokens=s.mean, inputs=s.row_elems, stored_bytes=0,
+                raw_bytes=0, decode_s=0,
+            ) for name, s in SHAPES[row["shape"]].items()
+        )  # fmt: skip
+        chip = Chip(
+            flops=1e12 * row["peak_tflops"], bytes_per_s=1e9 * row["copy_gb_per_s"], reached=1,
+            reached_bandwidth=1, memory_gib=1, link_bytes_per_s=1, network_bytes_per_s=1,
+        )  # fmt: skip
+        network = Network(
+            width=row["d"], layers=backbone.layers, feed_forward=backbone.feed_forward, classes=0,
+            causal=True,
+        )  # fmt: skip
+        tokens = round(row["valid_tokens"])
+        found = predict(
+            network, streams, Cluster(chip=chip, gpus=1), tokens,
+            dtype_bytes=2 if row["dtype"] == "bfloat16" else 4,
+        )  # fmt: skip
+        predicted = tokens / found.compute_s
+        lines.append(
+            f"| {row['d']} | {predicted:,.0f} | {tokens / found.products_s:,.0f} | "
+            f"{row['valid_tokens_per_s']:,.0f} | "
+            f"{100 * row['valid_tokens_per_s'] / predicted:.0f} % |"
+        )
+    return "\n".join([*lines, "", conditions(content)])
+
+
 def accuracy_table(content: Content) -> str:
     """Markdown: the target's metric of both modes and of the simple methods on the same data."""
     is_error = content["metric"] == "error"
@@ -241,6 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot_step(content, ROOT / "docs" / "img" / "step.svg")
     tables: dict[str, dict[str, str]] = {
         "README.md": {}, "docs/kernels.md": {}, "docs/loading.md": {}, "docs/grid.md": {},
+        "docs/scaling.md": {},
     }  # fmt: skip
     for kind, file, table in (
         ("step", "README.md", step_table),
@@ -248,8 +291,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("kernels", "docs/kernels.md", kernels_table),
         ("loader", "docs/loading.md", loader_table),
         ("grid", "docs/grid.md", grid_table),
+        ("scaling", "docs/scaling.md", scaling_table),
     ):
-        if found := load(kind):
+        if found := load(_ROWS_OF.get(kind, kind)):
             tables[file][kind] = "\n\n".join(table(content) for content in found)
     for content in load("accuracy"):
         tables["README.md"][content["recipe"]] = accuracy_table(content)

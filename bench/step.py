@@ -25,6 +25,7 @@ from bench.shapes import STEP_SHAPES, Samples, StepShape, draw_batches, layout, 
 from tests.plain_uml import PlainUml, adam, uml_fast_state
 from uml_fast.compat import prediction_losses
 from uml_fast.device import resolve_dtype
+from uml_fast.flops import measured_bandwidth, measured_peak
 from uml_fast.machine import machine_info
 from uml_fast.model.uml import Uml
 from uml_fast.pack import pack_samples
@@ -119,6 +120,8 @@ def measured(request: pytest.FixtureRequest) -> dict[str, tuple[list[float], dic
     padded = sum(len(s) * max(map(len, s)) for b in batches for s in b.values()) / len(batches)
     fills = {"plain": 100 * tokens / padded, "uml_fast": ours.fill_pct}
     dtypes = {"plain": "float32", "uml_fast": str(ours.dtype).removeprefix("torch.")}
+    peaks = {name: measured_peak(DEVICE, getattr(torch, dtype)) for name, dtype in dtypes.items()}
+    bandwidth = measured_bandwidth(DEVICE)
     out = {}
     for provider, times in seconds.items():
         spread = harness.quantiles(times)
@@ -134,6 +137,8 @@ def measured(request: pytest.FixtureRequest) -> dict[str, tuple[list[float], dic
                 "valid_tokens": round(tokens, 1),
                 "fill_pct": round(fills[provider], 2),
                 **spread,
+                "peak_tflops": round(peaks[provider] / 1e12, 3),
+                "copy_gb_per_s": round(bandwidth / 1e9, 1),
                 "rounds": len(times),
                 "dropout": DROPOUT,
                 "threads": torch.get_num_threads(),

@@ -94,6 +94,20 @@ def _measured_peak(device_name: str, dtype: torch.dtype, threads: int) -> float:
                 size *= 2
 
 
+def measured_bandwidth(device: torch.device) -> float:
+    """Bytes per second that a copy of 256 MiB reads and writes, the best of several."""
+    source = torch.ones(64 << 20, device=device)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * source.nbytes / best
+
+
 _TENSOR_AND_FP32_TFLOPS = {
     "B200": (2250.0, 75.0),
     "GB200": (2500.0, 80.0),

@@ -18,12 +18,9 @@ GEMM_SHARE = 0.8
 """Part of the datasheet's dense rate that large bf16 products reach (H200: 790 of 989 TFLOP/s)."""
 BANDWIDTH_SHARE = 0.9
 """Part of the datasheet's memory bandwidth that streaming kernels reach (H200: 4.3 of 4.8 TB/s)."""
-CROSSINGS = 4 * 34
-"""Bytes per token, layer and feature that forward and backward move: 34 bytes of activations cross
-the memory four times, with norms, activations and residuals fused."""
-SAVED_BYTES = {2: 40, 4: 72}
-"""Bytes per token, layer and feature that forward keeps for backward, by bytes of the dtype;
-counted over saved tensors of a pre-norm layer (tests/test_scaling.py)."""
+CROSSINGS = 4
+"""Times that activations cross the memory in forward and backward, with norms, activation function
+and residuals fused."""
 OPTIMIZER_TRAFFIC = 28
 """Bytes per parameter and step: weight, two moments and gradient read, three of them written."""
 
@@ -121,6 +118,20 @@ class Network:
             total += 2 * 2 * rows * s.inputs * d  # raw input takes no gradient
             total += 3 * 2 * rows / s.tokens * d * self.classes
         return total
+
+    def moved(self, dtype_bytes: int) -> float:
+        """Bytes of activations of a token: 18 per feature and 4 per hidden feature at two bytes."""
+        return self.layers * (9 * self.width + 2 * self.feed_forward) * dtype_bytes
+
+    def kept(self, dtype_bytes: int) -> float:
+        """Bytes of a token that forward keeps for backward.
+
+        Of a pre-norm layer: two residuals in fp32; queries, keys, values, what attention gives,
+        two inputs of norms' branches and their outputs in the dtype; the hidden layer before and
+        behind its activation. Counted over what autograd saves (tests/test_scaling.py).
+        """
+        features = 2 * 4 + 8 * dtype_bytes
+        return self.layers * (features * self.width + 2 * dtype_bytes * self.feed_forward)
 
     def attention(self, stream: Stream, tokens: float) -> float:
         """Operations of forward between the tokens of each sample of a modality."""
@@ -231,7 +242,7 @@ def predict(
     """
     require(len(streams) >= 1, "the mix is empty; name a modality")
     require(tokens >= 1, f"tokens is {tokens}; it must be >= 1")
-    chip, d, layers = cluster.chip, network.width, network.layers
+    chip = cluster.chip
     rate, bandwidth = chip.reached * chip.flops, chip.reached_bandwidth * chip.bytes_per_s
     products = network.products(tokens, streams)
     attention, attention_s = 0.0, 0.0
@@ -244,7 +255,7 @@ def predict(
     parameters = network.parameters(streams, table_rows)
     parts = cluster.gpus if cluster.strategy == "fsdp" else 1
     communication = _communication(parameters, cluster, dtype_bytes)
-    traffic_s = CROSSINGS * dtype_bytes / 2 * layers * d * tokens / bandwidth
+    traffic_s = CROSSINGS * network.moved(dtype_bytes) * tokens / bandwidth
     backward_s = 2 / 3 * (products / rate + traffic_s)
     samples = {s.name: tokens * p / s.tokens for s, p in zip(streams, shares(streams), strict=True)}
     cores = cluster.cores_per_node * cluster.nodes / cluster.gpus
@@ -259,7 +270,7 @@ def predict(
         exposed_s=max(0.0, communication - backward_s),
         loading_s=sum(samples[s.name] * s.decode_s for s in streams) / cores,
         states_bytes=16 * parameters / parts + dtype_bytes * parameters / parts,
-        activations_bytes=SAVED_BYTES[dtype_bytes] * layers * d * tokens,
+        activations_bytes=network.kept(dtype_bytes) * tokens,
         samples=samples,
         stored_bytes=sum(samples[s.name] * s.stored_bytes for s in streams),
     )
