@@ -187,7 +187,7 @@ def bootstrap_interval(
 
 
 def ratio_interval(
-    numerator: Sequence[float], denominator: Sequence[float]
+    numerator: Sequence[float] | np.ndarray, denominator: Sequence[float] | np.ndarray
 ) -> tuple[float, float] | None:
     """Fieller's 95 % interval of the ratio of two means over seeds.
 
@@ -216,7 +216,7 @@ def ratio_interval(
     return (linear - root) / quadratic, (linear + root) / quadratic
 
 
-def _finite(name: str, values: Sequence[float]) -> np.ndarray:
+def _finite(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
     x = np.asarray(values, np.float64)
     if x.ndim != 1 or len(x) == 0:
         raise ValueError(f"{name}: one number per seed is needed, got shape {list(x.shape)}")
