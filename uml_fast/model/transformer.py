@@ -118,6 +118,34 @@ class Block(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor | None, batch: PackedBatch, dropout: Dropout
+    ) -> tuple[Tensor, Tensor | None]:
+        """One block on (T, D); a unit of its own for FSDP: it reads no other block's weights.
+
+        post-norm: x = norm1(x + attend(x)); x = norm2(x + transform(x)), and no residual.
+        pre-norm: ``x_TD`` is the branch that was not added yet to ``residual_TD`` fp32, as each sum
+        is fused with the norm that follows it; the tokens themselves where there is no residual.
+        """
+        if self.config.norm == "post":
+            x = _add_norm(
+                self.attend(x_TD, batch, dropout), x_TD, self.norm1, dropout, self.site + 2
+            )
+            return _add_norm(
+                self.transform(x, dropout), x, self.norm2, dropout, self.site + 3
+            ), None
+        if residual_TD is None:
+            norm, residual = self.norm1, x_TD.float()
+            x = nn.functional.layer_norm(
+                residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps
+            ).to(x_TD.dtype)
+        else:
+            x, residual = _add_norm_sum(x_TD, residual_TD, self.norm1, dropout, self.site - 1)
+        x, residual = _add_norm_sum(
+            self.attend(x, batch, dropout), residual, self.norm2, dropout, self.site + 2
+        )
+        return self.transform(x, dropout), residual
+
     def attend(self, x_TD: Tensor, batch: PackedBatch, dropout: Dropout) -> Tensor:
         """Self-attention inside each segment, (T, D) -> (T, D)."""
         mixed = packed_segment_attention(
@@ -167,41 +195,14 @@ class Transformer(Backbone):
                 batch.position_T.long().clamp(max=self.config.max_positions - 1)
             ].to(x.dtype)
         dropout = Dropout(0.0 if rng_key is None else self.config.dropout, rng_key)
-        if self.blocks:
-            x = (self._post_norm if self.config.norm == "post" else self._pre_norm)(
-                x, batch, dropout
-            )
+        residual: Tensor | None = None
+        for block in self.blocks:
+            x, residual = block(x, residual, batch, dropout)
+        if self.final_norm is not None:
+            assert residual is not None
+            site = 4 * len(self.blocks) - 1
+            x, _ = _add_norm_sum(x, residual, self.final_norm, dropout, site)
         return x, segment_mean(x, batch.offsets_S1)
-
-    def stack(self) -> list[Block]:
-        """The blocks in order."""
-        return [block for block in self.blocks if isinstance(block, Block)]
-
-    def _post_norm(self, x: Tensor, batch: PackedBatch, dropout: Dropout) -> Tensor:
-        """x = norm1(x + attend(x)); x = norm2(x + transform(x))."""
-        for block in self.stack():
-            x = _add_norm(block.attend(x, batch, dropout), x, block.norm1, dropout, block.site + 2)
-            x = _add_norm(block.transform(x, dropout), x, block.norm2, dropout, block.site + 3)
-        return x
-
-    def _pre_norm(self, x: Tensor, batch: PackedBatch, dropout: Dropout) -> Tensor:
-        """x += attend(norm1(x)); x += transform(norm2(x)); each sum is fused with the next norm."""
-        assert self.final_norm is not None
-        blocks = self.stack()
-        norms = [block.norm1 for block in blocks[1:]] + [self.final_norm]
-        dtype, residual = x.dtype, x.float()
-        first = blocks[0].norm1
-        x = nn.functional.layer_norm(residual, first.normalized_shape, first.weight, first.bias).to(
-            dtype
-        )
-        for block, following in zip(blocks, norms, strict=True):
-            x, residual = _add_norm_sum(
-                block.attend(x, batch, dropout), residual, block.norm2, dropout, block.site + 2
-            )
-            x, residual = _add_norm_sum(
-                block.transform(x, dropout), residual, following, dropout, block.site + 3
-            )
-        return x
 
 
 def _add_norm(branch: Tensor, x: Tensor, norm: nn.LayerNorm, dropout: Dropout, site: int) -> Tensor:
