@@ -96,6 +96,7 @@ def parse(argv: Sequence[str] | None, prog: str) -> RunConfig:
         args=arguments,
         prog=f"{prog} {recipe}",
         description=description,
+        config=(tyro.conf.AvoidSubcommands,),
     )
 
 

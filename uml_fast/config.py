@@ -42,6 +42,10 @@ class ModalityConfig:
     """Part of this modality in the token mix, relative to the others (tokens, not samples)."""
     weight: float = 1.0
     """Factor of this modality's loss in the total (alpha of the paper)."""
+    encoder: BackboneConfig | None = None
+    """The modality's own network, between its stem and the shared part (f_X of paper 1.1)."""
+    pooled: bool = False
+    """The shared part gets one vector per sample from the encoder, not its rows (paper 1.4)."""
 
     def __post_init__(self) -> None:
         require(
@@ -49,6 +53,10 @@ class ModalityConfig:
         )
         require(self.share > 0, f"{self.name}.share is {self.share}; it must be positive")
         require(self.weight >= 0, f"{self.name}.weight is {self.weight}; it must not be negative")
+        require(
+            self.encoder is not None or not self.pooled,
+            f"{self.name}.pooled needs {self.name}.encoder: without one there is nothing to pool",
+        )
 
     def build(self, width: int, output_width: int, decode: bool) -> Modality:
         """The stem (to ``width``) and, if ``decode``, the decoder (from ``output_width``)."""
@@ -73,10 +81,26 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BackboneConfig:
-    """The shared network. Subclasses live in ``uml_fast/model/`` and implement ``build``."""
+    """A network over packs: the shared one, or a modality's own.
+
+    Subclasses live in ``uml_fast/model/`` and implement ``build``.
+    """
 
     width: int
-    """Features per token at the input of the backbone; stems project to it."""
+    """Features per token at the input of the network; stems project to it."""
+    freeze: bool = False
+    """Leave the network as it starts; a modality's own together with its stem."""
+    unfreeze_at: int = 0
+    """Step at which a frozen network starts to be trained; 0: never."""
+
+    @property
+    def stays_frozen(self) -> bool:
+        """Whether the network is never trained."""
+        return self.freeze and self.unfreeze_at == 0
+
+    def is_frozen(self, step: int) -> bool:
+        """Whether step ``step`` leaves the network as it is."""
+        return self.stays_frozen or (self.freeze and step < self.unfreeze_at)
 
     def check(self, modality: str, longest: int) -> None:
         """Raise ConfigError unless samples of ``longest`` rows of a modality fit the network."""
@@ -234,6 +258,9 @@ class RunConfig:
     """First seed; the others count up from it."""
     modes: tuple[Literal["unimodal", "uml"], ...] = ("unimodal", "uml")
     """What is trained for every seed: the target alone, and all modalities."""
+    project_alone: bool = True
+    """Whether the target alone keeps the projection behind its own network; False: the shared part
+    takes that network's width instead (the paper's baseline, 1.4)."""
     metric: Literal["head", "probe", "error"] = "head"
     """What the comparison reports: accuracy of head or probe, or the target's validation error."""
     out: Path | None = None
@@ -260,9 +287,7 @@ class RunConfig:
         require(self.steps >= 1, f"steps is {self.steps}; it must be >= 1")
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be >= 1")
         require(self.seed >= 0, f"seed is {self.seed}; it must be >= 0")
-        require(
-            self.backbone.width >= 1, f"backbone.width is {self.backbone.width}; it must be >= 1"
-        )
+        self._check_networks()
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be >= 1")
         require(len(self.modes) >= 1, "modes is empty; name unimodal, uml or both")
         stop_with = self.mix.stop_with
@@ -275,6 +300,23 @@ class RunConfig:
         require(
             not unknown,
             f"objective.project names {sorted(unknown)}, not among the modalities {names}",
+        )
+
+    def _check_networks(self) -> None:
+        own = {f"{m.name}.encoder": m.encoder for m in self.modalities if m.encoder is not None}
+        for name, network in ({"backbone": self.backbone} | own).items():
+            require(network.width >= 1, f"{name}.width is {network.width}; it must be >= 1")
+            require(network.unfreeze_at >= 0, f"{name}.unfreeze_at must not be negative")
+            require(
+                network.freeze or network.unfreeze_at == 0,
+                f"{name}.unfreeze_at is {network.unfreeze_at}, but the network is not frozen; add "
+                f"--{name}.freeze",
+            )
+        pooled = [m.name for m in self.modalities if m.pooled]
+        require(
+            not pooled or self.objective.kind == "classification",
+            f"{pooled} are pooled before the shared part, so that there are no rows to predict; "
+            "next_embedding needs pooled off",
         )
 
     def _check_metric(self) -> None:
@@ -314,12 +356,17 @@ class RunConfig:
         """The configuration of one mode: ``unimodal`` keeps the target modality alone."""
         if mode == "uml":
             return self
-        alone = (self.modality(self.target),)
+        target = self.modality(self.target)
+        backbone = self.backbone
+        if target.encoder is not None and not self.project_alone:
+            backbone = dataclasses.replace(backbone, width=target.encoder.width)
         project = tuple(n for n in self.objective.project if n == self.target)
         objective = dataclasses.replace(self.objective, project=project, init_head_from=None)
         stop_with = self.mix.stop_with if self.mix.stop_with == self.target else None
         mix = dataclasses.replace(self.mix, stop_with=stop_with)
-        return dataclasses.replace(self, modalities=alone, objective=objective, mix=mix)
+        return dataclasses.replace(
+            self, modalities=(target,), backbone=backbone, objective=objective, mix=mix
+        )
 
 
 def _check_finite(value: Any, name: str = "") -> None:

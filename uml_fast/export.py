@@ -23,17 +23,20 @@ from uml_fast.run import to_json
 def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:
     """Weights by plain names.
 
-    They are ``stem.*``, ``position``, ``mean``, ``deviation``, ``backbone.*`` and ``head.*``.
+    They are ``stem.*``, ``position``, ``mean``, ``deviation``, ``encoder.*`` and ``projection.*``
+    where the target has a network of its own, ``backbone.*`` and ``head.*``.
     """
-    own = f"modalities.{target}."
+    plain = {f"modalities.{target}.": "", f"encoders.{target}.": "encoder.",
+             f"projections.{target}.": "projection."}  # fmt: skip
+    keyed = ("modalities.", "encoders.", "projections.", "head.project.", "head.scale.")
     out = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith(own) or not name.startswith("modalities."):
-            is_foreign = (
-                name.startswith(("head.project.", "head.scale.")) and name.split(".")[2] != target
-            )
-            if not is_foreign:
-                out[name.removeprefix(own)] = tensor.detach().cpu().contiguous()
+        kind = next((k for k in keyed if name.startswith(k)), "")
+        if kind and name.removeprefix(kind).split(".")[0] != target:
+            continue
+        own = next((p for p in plain if name.startswith(p)), "")
+        shown = plain.get(own, "") + name.removeprefix(own)
+        out[shown] = tensor.detach().cpu().contiguous()
     return out
 
 

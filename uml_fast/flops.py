@@ -45,15 +45,19 @@ def transformer_flops(
     return layers * (maps + 4 * pairs * width)
 
 
-def training_flops(forward: float, *, first_layer: float = 0.0) -> float:
+def training_flops(
+    forward: float, *, first_layer: float = 0.0, to_input: bool = True, to_weights: bool = True
+) -> float:
     """Operations of forward and backward.
 
     Args:
         forward: forward operations of the whole model, ``first_layer`` among them.
         first_layer: forward operations of maps that read raw input (linear stems), which takes no
             gradient.
+        to_input: whether the gradient goes on to what lies in front.
+        to_weights: whether the weights are trained.
     """
-    return 3 * forward - first_layer
+    return (1 + to_input + to_weights) * forward - first_layer
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

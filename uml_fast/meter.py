@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from uml_fast.config import RunConfig
+from uml_fast.config import BackboneConfig, RunConfig
 from uml_fast.data.loader import Loader
 from uml_fast.data.source import Samples
 from uml_fast.device import resolve_dtype
@@ -25,28 +26,52 @@ from uml_fast.model.uml import Uml
 def flops_per_row(model: Uml, config: RunConfig, source: Samples) -> float:
     """Useful operations of forward and backward per row of a modality, averaged over its samples.
 
-    Only matrix products of the model count (``uml_fast.flops``): stem, backbone and decoder.
+    Only matrix products of the model count (``uml_fast.flops``): stem, the modality's own network
+    and its projection, backbone and decoder. A network that stays frozen has no products for
+    gradients of weights, and none for those of its input where nothing in front of it is trained.
     """
-    rows = int(source.offsets[-1])
-    modality = model.modality(source.name)
-    stem = 0
-    if isinstance(modality.stem, torch.nn.Linear):
-        stem = linear_flops(rows, modality.stem.in_features, modality.stem.out_features)
-    forward = stem
-    if isinstance(config.backbone, TransformerConfig):
-        b = config.backbone
-        forward += transformer_flops(
-            b.width, b.layers, b.feed_forward, source.lengths, causal=b.causal,
-            gated=b.activation == "swiglu",
-        )  # fmt: skip
-        if b.input_projection:
-            forward += linear_flops(rows, b.width, b.width)
-    else:
-        weights = [m for m in model.backbone.modules() if isinstance(m, torch.nn.Linear)]
-        forward += sum(linear_flops(rows, m.in_features, m.out_features) for m in weights)
+    own, modality = config.modality(source.name), model.modality(source.name)
+    lengths = source.lengths
+    stem_stays = own.encoder is not None and own.encoder.stays_frozen
+    parts = [(modality.stem, _linears(modality.stem, lengths), stem_stays)]
+    if own.encoder is not None:
+        encoder = model.encoders[source.name]
+        parts.append((encoder, _network(own.encoder, encoder, lengths), stem_stays))
+    if own.pooled:
+        lengths = np.ones_like(lengths)
+    if source.name in model.projections:
+        projection = model.projections[source.name]
+        parts.append((projection, _linears(projection, lengths), False))
+    shared = _network(config.backbone, model.backbone, lengths)
+    parts.append((model.backbone, shared, config.backbone.stays_frozen))
     if modality.decoder is not None:
-        forward += linear_flops(rows, modality.decoder.in_features, modality.decoder.out_features)
-    return training_flops(forward, first_layer=stem) / rows
+        parts.append((modality.decoder, _linears(modality.decoder, lengths), False))
+    total, reaches_back = 0.0, False
+    for module, forward, stays in parts:
+        is_trained = not stays and next(module.parameters(), None) is not None
+        total += training_flops(forward, to_input=reaches_back, to_weights=is_trained)
+        reaches_back |= is_trained
+    return total / int(source.offsets[-1])
+
+
+def _linears(module: torch.nn.Module, lengths: np.ndarray) -> int:
+    """Forward operations of all linear maps of a module, each on every row."""
+    rows = int(lengths.sum())
+    found = [m for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    return sum(linear_flops(rows, m.in_features, m.out_features) for m in found)
+
+
+def _network(config: BackboneConfig, network: torch.nn.Module, lengths: np.ndarray) -> int:
+    """Forward operations of a network over packs."""
+    if not isinstance(config, TransformerConfig):
+        return _linears(network, lengths)
+    forward = transformer_flops(
+        config.width, config.layers, config.feed_forward, lengths, causal=config.causal,
+        gated=config.activation == "swiglu",
+    )  # fmt: skip
+    if config.input_projection:
+        forward += linear_flops(int(lengths.sum()), config.width, config.width)
+    return forward
 
 
 Lap = dict[str, float | dict[str, float]]

@@ -10,7 +10,8 @@ Legend: T rows of a pack, S segment slots, C rows of a region, E elements of a r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +117,43 @@ class PackedBatch:
     def valid_T(self) -> Tensor:
         """bool (T,) True for rows of samples, False for padding."""
         return self.modality_S[self.segment_T.long()] != PADDING
+
+    def alone(self, index: int) -> PackedBatch:
+        """Region ``index`` as a pack of its own, counted from 0."""
+        rows, slots = self.layout.row_slice(index), self.layout.slot_slice(index)
+        return PackedBatch(
+            Layout((self.layout.regions[index],)), (self.raw[index],),
+            self.offsets_S1[slots.start : slots.stop + 1] - rows.start,
+            self.modality_S[slots].clamp(max=0), self.label_S[slots], self.sample_S[slots],
+            self.position_T[rows], self.segment_T[rows] - slots.start,
+        )  # fmt: skip
+
+    def pooled(self, indices: Container[int]) -> PackedBatch:
+        """The pack whose regions ``indices`` have one row for each slot; it has no raw rows."""
+        regions, offsets, position, segment = [], [], [], []
+        start = 0
+        for i, region in enumerate(self.layout.regions):
+            rows, slots = self.layout.row_slice(i), self.layout.slot_slice(i)
+            if i in indices:
+                count = region.slots
+                regions.append(dataclasses.replace(region, rows=count, max_len=1))
+                own = torch.arange(
+                    count, dtype=self.offsets_S1.dtype, device=self.offsets_S1.device
+                )
+                offsets.append(own + start)
+                position.append(torch.zeros_like(own))
+                segment.append(own + slots.start)
+            else:
+                regions.append(region)
+                offsets.append(self.offsets_S1[slots] + (start - rows.start))
+                position.append(self.position_T[rows])
+                segment.append(self.segment_T[rows])
+            start += regions[-1].rows
+        offsets.append(torch.full_like(self.offsets_S1[:1], start))
+        return PackedBatch(
+            Layout(tuple(regions)), (), torch.cat(offsets), self.modality_S, self.label_S,
+            self.sample_S, torch.cat(position), torch.cat(segment),
+        )  # fmt: skip
 
     def region(self, index: int) -> RegionRows:
         """The rows of region ``index``, as its stem and its loss see them."""

@@ -66,7 +66,10 @@ def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
         modality = model.modality(source.name)
         longest = int(source.lengths.max())
         modality.check(longest, source.row_elems, source.row_dtype)
-        config.backbone.check(source.name, longest)
+        own = config.modality(source.name)
+        if own.encoder is not None:
+            own.encoder.check(source.name, longest)
+        config.backbone.check(source.name, 1 if own.pooled else longest)
         known = in_memory(source, _FIT_SAMPLES)
         modality.fit(known.rows, known.offsets)
     if config.objective.kind == "classification":

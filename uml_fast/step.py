@@ -48,7 +48,7 @@ class TrainStep:
         device = next(model.parameters()).device
         self.rng_key = torch.zeros(1, dtype=torch.int64, device=device)
         self._losses = losses
-        self._layouts: set[Layout] = set()
+        self._programs: set[tuple[Layout, frozenset[str]]] = set()
         if config.compile:
             torch._dynamo.reset()
             self._losses = torch.compile(losses, dynamic=False, fullgraph=True)
@@ -56,14 +56,15 @@ class TrainStep:
 
     @property
     def recompiles(self) -> int:
-        """Graphs compiled beyond one per layout; 0 unless a shape or constant changed."""
-        return max(0, _graphs() - self._graphs_before - len(self._layouts))
+        """Graphs compiled beyond one per layout and set of frozen networks; 0 as it should be."""
+        return max(0, _graphs() - self._graphs_before - len(self._programs))
 
     def __call__(self, batch: PackedBatch, step: int) -> StepResult:
         """Train on one pack. ``step`` counts from 0 and fixes learning rate and dropout masks."""
         key = hash64(self.seed, _DROPOUT, self.ranks.rank, np.array([step]))
         self.rng_key.fill_(int(key[0] >> 1))
-        self._layouts.add(batch.layout)
+        self.model.freeze_for(step)
+        self._programs.add((batch.layout, self.model.frozen))
         parts = self._losses(self.model, batch, self.config, self.rng_key)
         if self.ranks.world == 1:
             loss = total(parts, self.config)

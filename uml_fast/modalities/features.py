@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uml_fast.config import ModalityConfig, require
 from uml_fast.kernels.feature_stem import feature_stem
@@ -27,6 +27,8 @@ class FeaturesConfig(ModalityConfig):
     """Subtract the training mean and divide by the training deviation, per feature."""
     positions: int = 0
     """Entries of the learned position table; 0: none."""
+    identity: bool = False
+    """Rows are tokens as they are, without a stem: size must be the width (t of paper 1.4)."""
 
     def __post_init__(self) -> None:
         ModalityConfig.__post_init__(self)
@@ -34,11 +36,16 @@ class FeaturesConfig(ModalityConfig):
 
     def build(self, width: int, output_width: int, decode: bool) -> Features:
         """The stem and decoder for a backbone of this width."""
+        require(
+            not self.identity or (self.size == width and not self.positions),
+            f"{self.name}.identity: rows of {self.size} features cannot be tokens of width {width} "
+            "as they are; make the widths equal and positions 0, or leave identity off",
+        )
         return Features(self, width, output_width, decode)
 
 
 class Features(Modality):
-    """``tokens = Linear((rows - mean) / deviation) + position``."""
+    """``tokens = Linear((rows - mean) / deviation) + position``; with ``identity`` no Linear."""
 
     row_dtype = "float32"
     mean: Tensor
@@ -50,6 +57,8 @@ class Features(Modality):
             positions=config.positions, decode=decode, autoencode=config.vector,
         )  # fmt: skip
         self.row_elems = config.size
+        if config.identity:
+            self.stem = nn.Identity()
         self.standardise = config.standardise
         if config.standardise:
             self.register_buffer("mean", torch.zeros(config.size))
@@ -69,6 +78,9 @@ class Features(Modality):
     def embed(
         self, region: RegionRows, features: Tensor | None, dtype: torch.dtype, out: Tensor | None
     ) -> Tensor:
+        if isinstance(self.stem, nn.Identity):
+            rows = self.features(region).to(dtype)
+            return rows if out is None else out.copy_(rows)
         mean, deviation = (self.mean, self.deviation) if self.standardise else (None, None)
         return feature_stem(
             region.raw, *self.stem_arguments(region), mean, deviation, region.valid_C, dtype=dtype,

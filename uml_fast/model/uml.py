@@ -1,10 +1,11 @@
-"""The model: a stem per modality, the shared backbone, and what reads it.
+"""The model: a stem per modality, maybe a network of its own, the shared backbone, and a head.
 
-Legend: T rows and S segment slots of a pack, D width, E embedding width.
+Legend: T rows and S segment slots of a pack, C rows of a region, D width, E embedding width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from uml_fast.config import RunConfig
-from uml_fast.modalities.base import Modality
+from uml_fast.kernels.rng import site_key
+from uml_fast.modalities.base import Linear, Modality
 from uml_fast.model.head import SharedHead
 from uml_fast.pack import PackedBatch, RegionRows
+from uml_fast.schedule import stream_key
+
+SHARED = ""
+"""Name of the shared network where those of modalities have theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +32,7 @@ class Encoded:
     features: tuple[Tensor | None, ...]
     """Per region the features of its rows (C, F), where decoders predict them."""
     hidden_TD: Tensor
-    """(T, D) what decoders read."""
+    """(T, D) what decoders read; one row for each slot where a modality is pooled before."""
     embedding_SE: Tensor
     """(S, E) fp32 embedding of each segment; zero for empty ones."""
 
@@ -45,7 +51,14 @@ class _Join(torch.autograd.Function):
 
 
 class Uml(nn.Module):
-    """Stems f_m, shared backbone h and decoders g_m or the shared head c of paper 1.1."""
+    """The parts of paper 1.1: f_m, the shared backbone h, and decoders g_m or the shared head c.
+
+    f_m is a stem and, where the configuration has one, a network of the modality's own. If that
+    gives another width than the shared one, a bias-free projection follows (P of paper 1.4).
+    """
+
+    frozen: frozenset[str] = frozenset()
+    """Names of the networks that are not trained now: modalities, ``SHARED``."""
 
     def __init__(self, config: RunConfig, dtype: torch.dtype = torch.float32) -> None:
         """Build with freshly drawn fp32 weights; ``dtype`` is that of the matrix products."""
@@ -56,20 +69,52 @@ class Uml(nn.Module):
         # the parts that every mode has are drawn first, so that the trials of a seed share them
         self.backbone = config.backbone.build()
         self.modalities = nn.ModuleDict()
+        self.encoders = nn.ModuleDict()
+        self.projections = nn.ModuleDict()
         self.head: SharedHead | None = None
         for m in sorted(config.modalities, key=lambda m: m.name != config.target):
+            own = m.encoder
+            encoder = None if own is None else own.build()
             self.modalities[m.name] = m.build(
-                config.backbone.width, self.backbone.output_width, decode
+                self.width if own is None else own.width, self.backbone.output_width, decode
             )
+            if encoder is not None:
+                self.encoders[m.name] = encoder
+                given = encoder.embedding_width if m.pooled else encoder.output_width
+                if given != self.width:
+                    self.projections[m.name] = Linear(given, self.width, bias=False)
             if m.name == config.target and not decode:
                 names = tuple(m.name for m in config.modalities)
                 self.head = SharedHead(config.objective, self.backbone.embedding_width, names)
+        self.pooled = frozenset(m.name for m in config.modalities if m.pooled)
+        self._networks = {m.name: m.encoder for m in config.modalities if m.encoder is not None}
+        self._networks[SHARED] = config.backbone
+        self._sites = {name: stream_key(name) for name in self._networks}
+        self.freeze_for(0)
 
     def modality(self, name: str) -> Modality:
         """The stem and decoder of one modality."""
         found = self.modalities[name]
         assert isinstance(found, Modality)
         return found
+
+    def freeze_for(self, step: int) -> None:
+        """Freeze the networks that step ``step`` leaves as they are, and no other."""
+        frozen = frozenset(n for n, config in self._networks.items() if config.is_frozen(step))
+        for name in frozen ^ self.frozen:
+            for parameter in self._part(name):
+                parameter.requires_grad_(name not in frozen)
+        self.frozen = frozen
+
+    def _part(self, name: str) -> Iterator[nn.Parameter]:
+        """What freezes together: the shared network, or a modality's own with its stem."""
+        if name == SHARED:
+            yield from self.backbone.parameters()
+            return
+        yield from self.encoders[name].parameters()
+        for parameter_name, parameter in self.modality(name).named_parameters():
+            if not parameter_name.startswith("decoder."):
+                yield parameter
 
     def forward(self, batch: PackedBatch, rng_key: Tensor | None = None) -> Encoded:
         """Encode a pack. ``rng_key`` int64 (1,) draws a step's dropout; None: no dropout."""
@@ -80,9 +125,42 @@ class Uml(nn.Module):
             stem.features(rows) if decodes else None
             for stem, rows in zip(stems, regions, strict=True)
         )
-        tokens_TD = self._embed(stems, regions, features)
-        hidden_TD, embedding_SE = self.backbone(tokens_TD, batch, rng_key)
+        if self.encoders:
+            parts = enumerate(zip(stems, regions, features, strict=True))
+            tokens_TD = torch.cat([self._encode(batch, i, *part, rng_key) for i, part in parts])
+            batch = batch.pooled(
+                {i for i, r in enumerate(batch.layout.regions) if r.name in self.pooled}
+            )
+        else:
+            tokens_TD = self._embed(stems, regions, features)
+        hidden_TD, embedding_SE = self.backbone(tokens_TD, batch, self._key(rng_key, SHARED))
         return Encoded(regions, features, hidden_TD, embedding_SE.float())
+
+    def _encode(
+        self,
+        batch: PackedBatch,
+        index: int,
+        stem: Modality,
+        region: RegionRows,
+        features: Tensor | None,
+        rng_key: Tensor | None,
+    ) -> Tensor:
+        """What the shared part gets of a region: rows (C, D), or one (S, D) for each slot."""
+        rows_CD = stem.embed(region, features, self.dtype, None)
+        name = stem.name
+        if name not in self.encoders:
+            return rows_CD
+        hidden_CD, embedding_SE = self.encoders[name](
+            rows_CD, batch.alone(index), self._key(rng_key, name)
+        )
+        given: Tensor = embedding_SE if name in self.pooled else hidden_CD
+        return self.projections[name](given) if name in self.projections else given
+
+    def _key(self, rng_key: Tensor | None, name: str) -> Tensor | None:
+        """The key of a network's dropout, of which one that is frozen has none."""
+        if rng_key is None or name in self.frozen:
+            return None
+        return rng_key if name == SHARED else site_key(rng_key, self._sites[name])
 
     def _embed(
         self,
