@@ -91,6 +91,7 @@ def _features(count: int) -> Iterator[bytes]:
 
 _MADE: dict[str, tuple[int, str, Callable[[int], Iterator[bytes]]]] = {
     "image32": (16_000, "jpg", lambda n: _jpegs(n, 32)),
+    "image224": (1_000, "jpg", lambda n: _jpegs(n, 224)),
     "image256": (1_000, "jpg", lambda n: _jpegs(n, 256)),
     "audio": (800, "flac", _sounds),
     "text": (16_000, "txt", _texts),

@@ -162,6 +162,30 @@ def grid_table(content: Content) -> str:
     return "\n".join([*lines, "", conditions(content)])
 
 
+def train_table(content: Content) -> str:
+    """Markdown: training end to end, a line for each size and provider."""
+    lines = [
+        "| ViT | provider | valid tokens/s | images, sounds, texts/s | MFU | filled | first step |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in content["rows"]:
+        mfu = f"{100 * row['mfu']:.1f} %"
+        if row["mfu_datasheet"]:
+            mfu += f", datasheet {100 * row['mfu_datasheet']:.1f} %"
+        samples = " ".join(f"{row['samples_per_s'][m]:,.1f}" for m in ("image", "audio", "text"))
+        plain = next(
+            r for r in content["rows"] if r["size"] == row["size"] and r["provider"] == "plain"
+        )
+        is_ours = row["provider"] == "uml_fast"
+        times = f" ({plain['times']:.2f} times the plain stack)" if is_ours else ""
+        lines.append(
+            f"| {row['size'].title()}/16 | {row['provider']} | "
+            f"{row['tokens_per_s']:,.0f}{times} | {samples} | {mfu} | {row['fill_pct']:.0f} % | "
+            f"{row['first_step_s']:.1f} s |"
+        )
+    return "\n".join([*lines, "", conditions(content)])
+
+
 def scaling_table(content: Content) -> str:
     """Markdown: what docs/scaling.md's model predicts for each step, and what was measured."""
     lines = [
