@@ -191,7 +191,7 @@ def _peak_gib() -> float:
 
 
 def tuned(plain: PlainStack, found: Sequence[Part]) -> tuple[PlainTraining, int, float]:
-    """The plain stack with the fastest number of workers, that number, its first step in seconds."""
+    """The plain stack with the fastest workers, how many, and its first step in seconds."""
     rates: dict[int, float] = {}
     start_s = 0.0
     for workers in WORKERS:
