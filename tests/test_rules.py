@@ -24,7 +24,7 @@ LAYERS = (
     ("kernels",),
     ("pack", "layout", "schedule", "resume", "flops", "scaling"),
     ("modalities",),
-    ("model", "objective", "compat"),
+    ("model", "objective", "compat", "nn"),
     ("data",),
     ("optim", "distributed", "step", "checkpoint", "machine", "log"),
     ("recipes", "doctor", "cli"),
