@@ -20,7 +20,7 @@ PACKAGE = ROOT / "uml_fast"
 
 LAYERS = (
     ("config", "_native", "_native_cuda"),
-    ("native", "device", "files", "foreign", "progress", "trace"),
+    ("native", "device", "files", "foreign", "profiling", "progress", "trace"),
     ("kernels",),
     ("pack", "layout", "schedule", "resume", "flops", "scaling"),
     ("modalities",),

@@ -277,6 +277,8 @@ class RunConfig:
     """Steps between lines in metrics.jsonl."""
     trace: Path | None = None
     """File for a Perfetto trace of one trial: the first one trained with all modalities, if any."""
+    profile: Path | None = None
+    """File for a torch profiler trace of some steps of that trial, its phases named (NVTX too)."""
 
     def __post_init__(self) -> None:
         _check_finite(self)

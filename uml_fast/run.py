@@ -26,7 +26,7 @@ from uml_fast.recipes import RECIPE_MODULE, import_file
 
 logger = logging.getLogger("uml_fast")
 
-_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint", "trace",
+_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint", "trace", "profile",
              "data.max_errors", "data.cache", "data.keep_mib")  # fmt: skip
 """Fields in which a continued run may differ from its folder's: they do not change a trial."""
 
@@ -66,7 +66,7 @@ def from_json(value: Any) -> Any:
             raise TypeError(f"{name} is not a configuration")
         known = {f.name for f in dataclasses.fields(kind)}
         fields = {k: from_json(v) for k, v in value.items() if k != "class"}
-        for name in ("out", "trace"):
+        for name in ("out", "trace", "profile"):
             if name in known and fields.get(name) is not None:
                 fields[name] = Path(fields[name])
         return kind(**fields)

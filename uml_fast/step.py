@@ -18,6 +18,7 @@ from uml_fast.model.uml import Uml
 from uml_fast.objective import counts, losses, total
 from uml_fast.optim import build_optimizer, learning_rate
 from uml_fast.pack import Layout, PackedBatch
+from uml_fast.profiling import phase
 from uml_fast.schedule import hash64, stream_key
 
 _DROPOUT = stream_key("dropout masks")
@@ -65,17 +66,20 @@ class TrainStep:
         self.rng_key.fill_(int(key[0] >> 1))
         self.model.freeze_for(step)
         self._programs.add((batch.layout, self.model.frozen))
-        parts = self._losses(self.model, batch, self.config, self.rng_key)
-        if self.ranks.world == 1:
-            loss = total(parts, self.config)
-            loss.backward()
-        else:
-            loss, parts = self._backward_over_ranks(parts, batch)
-        norm = self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.config.steps, self.config.optim)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with phase("forward"):
+            parts = self._losses(self.model, batch, self.config, self.rng_key)
+        with phase("backward"):
+            if self.ranks.world == 1:
+                loss = total(parts, self.config)
+                loss.backward()
+            else:
+                loss, parts = self._backward_over_ranks(parts, batch)
+        with phase("optimizer"):
+            norm = self._clip()
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(step, self.config.steps, self.config.optim)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return StepResult(loss.detach(), {k: v.detach() for k, v in parts.items()}, norm)
 
     def _backward_over_ranks(

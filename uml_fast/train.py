@@ -18,6 +18,7 @@ from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.distributed import Ranks, join_ranks
+from uml_fast.profiling import profiled
 from uml_fast.report import print_table, write_report
 from uml_fast.run import locked, open_run, write_json
 from uml_fast.summary import describe_samples, summarise
@@ -69,8 +70,7 @@ def _train_all(config: RunConfig, folder: Path, ranks: Ranks) -> bool:
                 run_log.note(f"stopped before {planned.mode} seed {planned.seed}; {_AGAIN}")
                 return False
             is_traced = planned == traced and ranks.is_first
-            trace_to = config.trace if is_traced else None
-            result = _finish_trial(config, planned, folder, run_log, stop, trace_to, ranks)
+            result = _finish_trial(config, planned, folder, run_log, stop, is_traced, ranks)
             if result is None:
                 return False
             results.append(result)
@@ -97,7 +97,7 @@ def _finish_trial(
     folder: Path,
     run_log: log.RunLog | log.SilentLog,
     stop: StopSignal,
-    trace_to: Path | None,
+    is_traced: bool,
     ranks: Ranks,
 ) -> dict[str, Any] | None:
     """The result of one trial, trained where it is not there yet; None if it was asked to stop."""
@@ -109,8 +109,9 @@ def _finish_trial(
         if ranks.is_first and planned.mode == "uml" and not samples.exists():
             write_json(samples, describe_samples(trial.model, trial.task))
         try:
-            with _traced(trace_to, run_log) as trace:
-                result = trial.run(stop, run_log, trace)
+            trace_to, profile_to = (config.trace, config.profile) if is_traced else (None, None)
+            with _traced(trace_to, run_log) as trace, profiled(profile_to, run_log.note) as tick:
+                result = trial.run(stop, run_log, trace, tick)
         except Stopped:
             run_log.note(
                 f"stopped at step {trial.step} of {planned.mode} seed {planned.seed}; {_AGAIN}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,11 @@ class Trial:
         """The newest step whose loss was read."""
 
     def run(
-        self, stop: checkpoint.StopSignal, log: RunLog | SilentLog, trace: Trace | None = None
+        self,
+        stop: checkpoint.StopSignal,
+        log: RunLog | SilentLog,
+        trace: Trace | None = None,
+        after_step: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
         """Train to the end and measure.
 
@@ -78,6 +83,7 @@ class Trial:
             stop: read between steps; one rank that is asked to stop stops all after the same step.
             log: takes one record per logged step and validation.
             trace: takes the events of loading, steps, validations and checkpoints.
+            after_step: called behind every step.
 
         Returns:
             The trial's result as it stands in summary.json.
@@ -97,6 +103,7 @@ class Trial:
                     batch, _ = next(loader)
                 with span(trace, "step", step=self.step + 1):
                     result = self.train_step(batch, self.step)
+                after_step()
                 self.unchecked.append(
                     (self.step, result.loss, batch.layout, batch.sample_S.clone())
                 )

@@ -17,6 +17,7 @@ from uml_fast.kernels.rng import site_key
 from uml_fast.modalities.base import Linear, Modality
 from uml_fast.model.head import SharedHead
 from uml_fast.pack import PackedBatch, RegionRows
+from uml_fast.profiling import phase
 from uml_fast.schedule import stream_key
 
 SHARED = ""
@@ -175,7 +176,11 @@ class Uml(nn.Module):
         rows = regions[-1].rows.stop
         tokens_TD = regions[0].raw.new_empty(rows, self.width, dtype=self.dtype)
         # .data: the parts share memory but no version, so writing one leaves the others valid
-        written = [s.embed(rows, f, self.dtype, tokens_TD[rows.rows].data) for s, rows, f in parts]
+        written = []
+        for stem, part, given in parts:
+            with phase(f"stem {stem.name}"):
+                own = tokens_TD[part.rows].data
+                written.append(stem.embed(part, given, self.dtype, own))
         joined: Tensor = _Join.apply(tokens_TD, *written)
         return joined
 
