@@ -20,19 +20,36 @@ _DECLARED: list[torch.library.Library] = []
 def import_timm() -> ModuleType:
     """timm, also where the compiled part of torchvision belongs to another build of torch.
 
-    timm imports torchvision, whose wheel on PyPI is built for CUDA on Linux: beside a CPU build of
-    torch its ops do not load, and its import fails ("operator torchvision::nms does not exist").
-    No model needs these ops, so they are declared without an implementation.
-
     Raises:
         ModuleNotFoundError: timm is not installed.
+    """
+    _declare_ops()
+    return importlib.import_module("timm")
+
+
+@cache
+def import_transformers() -> ModuleType:
+    """transformers, as ``import_timm``: it imports torchvision where that is installed.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+    """
+    _declare_ops()
+    return importlib.import_module("transformers")
+
+
+@cache
+def _declare_ops() -> None:
+    """Declare torchvision's ops without an implementation, where its compiled part cannot load.
+
+    Its wheel on PyPI is built for CUDA on Linux: beside a CPU build of torch its ops do not load,
+    and its import fails ("operator torchvision::nms does not exist"). No model needs these ops.
     """
     if torch.version.cuda is None and _torchvision_is_for_cuda():
         library = torch.library.Library("torchvision", "DEF")
         for op in _OPS:
             library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _DECLARED.append(library)
-    return importlib.import_module("timm")
 
 
 def _torchvision_is_for_cuda() -> bool:
