@@ -208,9 +208,9 @@ def test_verbs() -> None:
     listing = command()
     assert listing.returncode == 0
     assert all(f"  {verb} " in listing.stdout for verb in cli.VERBS)
-    mistyped = command("trian")
+    mistyped = command("inspekt")
     assert mistyped.returncode == 2
-    assert mistyped.stderr == "error: unknown verb 'trian'; did you mean train?\n"
+    assert mistyped.stderr == "error: unknown verb 'inspekt'; did you mean inspect?\n"
     doctor = command("doctor")
     assert doctor.returncode == 0 and "torch" in doctor.stdout
 

@@ -27,17 +27,16 @@ LAYERS = (
     ("model", "objective", "compat", "nn"),
     ("data",),
     ("optim", "distributed", "step", "checkpoint", "machine", "log"),
+    ("encoders", "grid"),
     ("recipes", "doctor", "cli"),
-    ("analysis", "grid", "measure", "meter"),
+    ("analysis", "measure", "meter"),
     ("start", "trial", "run", "summary", "report"),
-    ("train", "evaluate", "export", "plan", "prepare", "inspect"),
+    ("train", "evaluate", "export", "plan", "prepare", "inspect", "extract"),
 )
 """Parts of the package: each imports its own line and the lines above it, never one below."""
 
 CORE = {
-    name
-    for layer in LAYERS[: LAYERS.index(("analysis", "grid", "measure", "meter"))]
-    for name in layer
+    name for layer in LAYERS[: LAYERS.index(("analysis", "measure", "meter"))] for name in layer
 }
 """Parts that import with torch and numpy alone; what they need beyond is imported where used."""
 

@@ -19,6 +19,7 @@ from uml_fast.recipes import DEFAULT, describe, load_recipe, unknown
 VERBS = {
     "prepare": "make shards of your own images, sounds, texts or features",
     "inspect": "show what is in shards, and whether it is whole",
+    "extract": "features of frozen encoders, once, for heads that are trained on them",
     "train": "train a recipe: every mode for every seed, then the comparison",
     "evaluate": "evaluate the models of a run folder again",
     "export": "write a run's target model as plain safetensors",
