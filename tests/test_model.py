@@ -219,6 +219,32 @@ def test_learning_rate_warms_up_and_ends_near_zero() -> None:
     assert learning_rate(99, 100, constant) == 1.0
 
 
+def test_released_schedule_is_the_one_of_the_code() -> None:
+    """PAPER 1.4: 1e-5 at step 0, lr * t / 50 to step 49, a cosine of 12,800 steps from step 50."""
+    config = OptimConfig(lr=5e-5, warmup_steps=50, schedule="release")
+    rates = [learning_rate(s, 12_800, config) for s in range(12_800)]
+    assert rates[:3] == pytest.approx([1e-5, 1e-6, 2e-6])
+    assert rates[49] == pytest.approx(4.9e-5) and rates[50] == pytest.approx(5e-5)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=5e-5)
+    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=12_800)
+    for rate in rates[50:]:
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        torchs.step()
+    assert rates[-1] > 0
+
+
+def test_head_with_a_hidden_layer_is_two_maps() -> None:
+    head = SharedHead(ObjectiveConfig(classes=3, head_hidden=5, project=("a",)), 4, ("a",))
+    v = torch.randn(2, 4)
+    assert head.hidden is not None
+    inner = head.project["a"](v) @ head.hidden.weight.T + head.hidden.bias
+    expected = torch.nn.functional.gelu(inner) @ head.weight.T
+    torch.testing.assert_close(head(v, "a"), expected)
+    with pytest.raises(ConfigError, match="leave head_hidden at 0"):
+        ObjectiveConfig(classes=3, head_hidden=5, init_head_from="text")
+
+
 def test_vectors_and_positions_do_not_decay() -> None:
     config = tiny()
     model = Uml(config)

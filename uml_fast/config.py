@@ -124,6 +124,8 @@ class ObjectiveConfig:
     """Modalities that get a bias-free projection before the shared head (paper 1.4, matrix P)."""
     learn_scale: bool = False
     """Learn one logit scale per modality (initial value 1) instead of none."""
+    head_hidden: int = 0
+    """Features of a hidden layer of the head (two maps with GELU, paper 1.5); 0: one linear map."""
     init_head_from: str | None = None
     """Modality whose L2-normalised class-mean embeddings initialise the head; None: random."""
 
@@ -135,6 +137,11 @@ class ObjectiveConfig:
                 "as the data names",
             )
         require(0 <= self.label_smoothing < 1, "objective.label_smoothing must be in [0, 1)")
+        require(self.head_hidden >= 0, "objective.head_hidden must not be negative")
+        require(
+            self.head_hidden == 0 or self.init_head_from is None,
+            "objective.init_head_from sets a linear head; leave head_hidden at 0",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,8 +179,9 @@ class OptimConfig:
     """Weight decay of matrices; biases, norms, positions and scales get none."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moment estimates."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """Shape after the warm-up; cosine ends at zero."""
+    schedule: Literal["constant", "cosine", "release"] = "cosine"
+    """Shape after the warm-up; cosine ends at zero. release: that of the authors' code (1.4), 1e-5 at
+    step 0, then a warm-up to lr, then a cosine that ends warmup_steps short of zero."""
     warmup_steps: int = 0
     """Steps of linear warm-up from zero."""
     clip_norm: float = 0.0

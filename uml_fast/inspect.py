@@ -78,7 +78,7 @@ def _report(
 
 
 def _print_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    facts = [f"{k} {manifest[k]}" for k in ("sample_rate", "width") if k in manifest]
+    facts = [f"{k} {manifest[k]}" for k in ("sample_rate", "width", "vocabulary") if k in manifest]
     print(f"{folder}: {', '.join([manifest['kind'], *facts])}")
     for name, value in manifest.get("normalisation", {}).items():
         numbers = value if isinstance(value, list) else [value]

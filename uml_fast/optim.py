@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from uml_fast.config import OptimConfig
 
+RELEASED_FIRST_RATE = 1e-5
+"""Learning rate of step 0 in the authors' code, whatever the rate of the others."""
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Adam or AdamW, fused; matrices decay, vectors and position tables do not."""
@@ -27,12 +30,22 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     """Learning rate of step ``step`` (0-based) of ``steps``: linear warm-up, then the schedule."""
+    if config.schedule == "release":
+        return _released_rate(step, steps, config)
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
     if config.schedule == "constant":
         return config.lr
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _released_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """The authors' schedule (PAPER 1.4), which falls behind step 0 where lr <= 5e-4."""
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps if step else RELEASED_FIRST_RATE
+    done = (step - config.warmup_steps) / steps
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,12 +29,13 @@ _DESCRIPTION = """Make WebDataset shards with an index and a manifest of your ow
   python -m uml_fast.prepare images labels.csv shards/photos    columns file, label, split
   python -m uml_fast.prepare audio sounds.tar shards/sounds --sample-rate 16000
   python -m uml_fast.prepare text prompts.json shards/text      {"dog": ["A dog is ...", ...], ...}
+  python -m uml_fast.prepare tokens prompts.json shards/text --tokenizer models/bert
   python -m uml_fast.prepare features mosi.pkl shards/vision --names.features vision
 
 A killed run goes on where it stopped when the same command is given again. Inputs that cannot be
 used are named in OUT/problems.jsonl. uml-fast inspect OUT shows what was made."""
 
-_NO_MATTER = ("source", "out", "workers", "max_errors", "overwrite")
+_NO_MATTER = ("source", "out", "workers", "max_errors", "overwrite", "tokenizer")
 """Options that change nothing in a sample."""
 
 
@@ -198,6 +200,35 @@ class Text(PrepareConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tokens(Text):
+    """The same tables as token ids, for a language model: those of its tokenizer.json.
+
+    The run's text modality then takes ids below the vocabulary (--modalities.N.vocabulary).
+    """
+
+    kind: ClassVar[str] = "tokens"
+
+    tokenizer: Path | None = None
+    """File tokenizer.json, or the folder of a model that holds one; it must be given."""
+    max_tokens: int = 512
+    """Tokens of a text at most, special ones among them; longer texts are cut."""
+
+    def __post_init__(self) -> None:
+        super(Tokens, self).__post_init__()
+        require(self.tokenizer is not None, "tokens need a tokenizer: --tokenizer FILE_OR_FOLDER")
+        require(self.max_tokens >= 4, f"max-tokens is {self.max_tokens}; it must be >= 4")
+
+    def converter(self, items: list[Item]) -> tuple[Converter, dict[str, Any]]:
+        """See ``PrepareConfig``."""
+        assert self.tokenizer is not None
+        file = text.tokenizer_file(self.tokenizer)
+        size = text.load_tokenizer(file, self.max_tokens).get_vocab_size()
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        facts = {"vocabulary": size, "tokenizer_sha256": digest}
+        return text.TokenConverter(file, self.max_tokens), facts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Features(PrepareConfig):
     """Arrays (n, features) or (n, rows, features) in .npy, .npz or a MultiBench pickle, labels too.
 
@@ -237,7 +268,7 @@ def parse(argv: list[str] | None) -> PrepareConfig:
         ConfigError: an option has a value that cannot be.
         SystemExit: help was asked for (0), or an option is unknown or cannot be read (2).
     """
-    kinds: Any = Images | Audio | Text | Features
+    kinds: Any = Images | Audio | Text | Tokens | Features
     return tyro.cli(
         kinds,
         args=sys.argv[1:] if argv is None else argv,

@@ -121,7 +121,10 @@ class FoldersConfig(DataConfig):
             for i in there[unknown]:
                 what = f"label {shards.label[i]} is no class of the training samples"
                 errors.add(config.name, shards.key(int(i)), what)
-            decode, writer = decode_of(config, self.backend), rows_of(config, self.augment)
+            decode, writer = (
+                decode_of(config, self.backend),
+                rows_of(config, self.augment, shards.kind),
+            )
             direct = None
             if isinstance(config, ImageConfig) and self.backend == "webdataset":
                 direct = DirectImages(config)

@@ -16,12 +16,15 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 AUDIO = ("wav", "flac", "ogg")
 FEATURES = ("npy",)
 TEXT = ("txt",)
+TOKENS = ("ids",)
+"""Token ids of one tokenizer, little-endian int32."""
 
 KINDS = {
     **dict.fromkeys(IMAGES, "images"),
     **dict.fromkeys(AUDIO, "audio"),
     **dict.fromkeys(FEATURES, "features"),
     **dict.fromkeys(TEXT, "text"),
+    **dict.fromkeys(TOKENS, "tokens"),
 }
 """Extension of a payload -> kind of data; where a sample has several, the first of these wins."""
 
@@ -30,6 +33,7 @@ UNITS = {
     "audio": ("samples",),
     "features": ("rows",),
     "text": ("bytes",),
+    "tokens": ("tokens",),
 }
 """Kind -> what its length counts."""
 _MOST_FRAMES = (1 << 31) - 1
@@ -46,6 +50,10 @@ def length_of(extension: str, content: bytes) -> tuple[int, ...]:
     kind = KINDS[extension]
     if kind == "text":
         return (len(content),)
+    if kind == "tokens":
+        if len(content) % 4:
+            raise DataError(f"{len(content)} bytes; token ids have four each")
+        return (len(content) // 4,)
     if kind == "features":
         return (npy_layout(content)[0][0],)
     if kind == "images":

@@ -170,6 +170,41 @@ class TextRows:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Stored token ids, one row each. Longer texts are cut."""
+
+    config: TextConfig
+    augment: TextAugment
+    kind = "tokens"
+    row_elems = 1
+    row_dtype = "int32"
+
+    @property
+    def is_augmenting(self) -> bool:
+        """Whether training samples are changed."""
+        return not self.augment.is_off
+
+    def rows(self, length: np.ndarray) -> np.ndarray:
+        """Tokens, at most the positions of the run."""
+        return np.minimum(length[:, 0].astype(np.int64), self.config.positions)
+
+    def write(self, array: np.ndarray, out: np.ndarray, draws: Draws | None = None) -> None:
+        """See ``Rows``."""
+        if len(array) < 4 * len(out):
+            raise DecodeError(f"{len(array)} bytes; the index promises {len(out)} tokens")
+        ids = np.frombuffer(array.tobytes(), "<i4")
+        vocabulary = self.config.vocabulary
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise DecodeError(
+                f"token ids run from {ids.min()} to {ids.max()}, {self.config.name}.vocabulary is "
+                f"{vocabulary}"
+            )
+        if draws is not None:
+            ids = self.augment.apply(ids, len(out), draws)
+        out[:, 0] = ids[: len(out)]
+
+
+@dataclass(frozen=True, slots=True)
 class FeaturesRows:
     """Feature rows as they are, or a single vector as one."""
 
@@ -196,10 +231,13 @@ class FeaturesRows:
         out[:] = array
 
 
-def rows_of(config: ModalityConfig, augment: AugmentConfig | None = None) -> Rows:
+def rows_of(
+    config: ModalityConfig, augment: AugmentConfig | None = None, kind: str = "text"
+) -> Rows:
     """What writes the rows of a modality.
 
-    ``augment``: how training samples are changed; None: not at all.
+    ``augment``: how training samples are changed; None: not at all. ``kind``: what shards of texts
+    hold, text or tokens.
 
     Raises:
         DataError: samples of the modality cannot be read from files, or its vocabulary has no
@@ -214,7 +252,7 @@ def rows_of(config: ModalityConfig, augment: AugmentConfig | None = None) -> Row
         augment.audio.check(config)
         return AudioRows(config, augment.audio)
     if isinstance(config, TextConfig):
-        return TextRows(config, augment.text)
+        return (TokenRows if kind == "tokens" else TextRows)(config, augment.text)
     if isinstance(config, FeaturesConfig):
         return FeaturesRows(config)
     raise DataError(f"{config.name}: {type(config).__name__} is not read from files")

@@ -10,14 +10,22 @@ from uml_fast.config import ObjectiveConfig
 
 
 class SharedHead(nn.Module):
-    """``logits_m = scale_m * W (P_m v)``; P and scales only if the configuration asks for them."""
+    """``logits_m = scale_m * W (P_m v)``; P and scales only if the configuration asks for them.
+
+    With a hidden layer: ``scale_m * W gelu(V (P_m v) + b)``.
+    """
 
     def __init__(self, config: ObjectiveConfig, width: int, modalities: tuple[str, ...]) -> None:
         super().__init__()
+        embedded = width
+        self.hidden: nn.Linear | None = None
+        if config.head_hidden:
+            self.hidden = nn.Linear(width, config.head_hidden)
+            width = config.head_hidden
         self.weight = nn.Parameter(torch.empty(config.classes, width))
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.project = nn.ModuleDict(
-            {m: nn.Linear(width, width, bias=False) for m in config.project}
+            {m: nn.Linear(embedded, embedded, bias=False) for m in config.project}
         )
         scaled = modalities if config.learn_scale else ()
         self.scale = nn.ParameterDict({m: nn.Parameter(torch.ones(())) for m in scaled})
@@ -27,6 +35,8 @@ class SharedHead(nn.Module):
         v = embedding_SE.float()
         if modality in self.project:
             v = self.project[modality](v)
+        if self.hidden is not None:
+            v = F.gelu(self.hidden(v))
         logits = F.linear(v, self.weight)
         return logits * self.scale[modality] if modality in self.scale else logits
 

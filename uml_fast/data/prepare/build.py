@@ -31,7 +31,7 @@ class Job:
     """What to write, and where."""
 
     kind: str
-    """images, audio, text or features."""
+    """images, audio, text, tokens or features."""
     out: Path
     """Folder of the shards."""
     listing: Listing

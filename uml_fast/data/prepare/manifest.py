@@ -23,6 +23,7 @@ _MAKERS = {
     "images": ("pillow",),
     "audio": ("soundfile", "scipy"),
     "text": (),
+    "tokens": ("tokenizers",),
     "features": (),
 }
 
@@ -67,7 +68,7 @@ def describe_split(
 
 
 def normalisation(kind: str, shards: Sequence[Shard]) -> dict[str, Any]:
-    """Statistics over the values of shards, the training ones; empty for text.
+    """Statistics over the values of shards, the training ones; empty for text and tokens.
 
     Images: mean and std of red, green and blue in 0..1. Audio: peak and root mean square of samples
     in -1..1. Features: mean and std of each feature.

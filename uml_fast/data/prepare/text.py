@@ -1,16 +1,23 @@
-"""Texts: one sample a row of a CSV, JSON lines or JSON table, stored as UTF-8."""
+"""Texts: one sample a row of a CSV, JSON lines or JSON table, as UTF-8 or as token ids."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from uml_fast.data.prepare.items import BadSample, Converter, Item, Problem, Sample
 from uml_fast.data.prepare.listing import Found
 from uml_fast.data.prepare.tables import TextColumns, column, read_table
 from uml_fast.data.source import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +35,59 @@ class TextConverter(Converter):
         if not content:
             raise BadSample("empty text", "no characters; take the row out")
         return Sample(content, "txt", (len(content),))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenConverter(Converter):
+    """Stores the ids that a tokenizer gives, special tokens among them."""
+
+    tokenizer: Path
+    """A file tokenizer.json."""
+    max_tokens: int
+    """Longer texts are cut; the special tokens stay."""
+
+    def convert(self, item: Item) -> Sample:
+        """See ``Converter``."""
+        ids = load_tokenizer(self.tokenizer, self.max_tokens).encode(item.value.strip()).ids
+        if not item.value.strip() or not ids:
+            raise BadSample("empty text", "no tokens; take the row out")
+        content = np.array(ids, "<i4").tobytes()
+        return Sample(content, "ids", (len(ids),))
+
+
+@functools.cache
+def load_tokenizer(path: Path, max_tokens: int) -> Tokenizer:
+    """The tokenizer of a file or of a model's folder, without padding.
+
+    Raises:
+        DataError: there is none, or it cannot be read.
+        ModuleNotFoundError: tokenizers is not installed.
+    """
+    from tokenizers import Tokenizer
+
+    file = tokenizer_file(path)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises bare exceptions
+        raise DataError(f"{file} cannot be read as a tokenizer: {e}") from e
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    return tokenizer
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The file tokenizer.json at or in ``path``.
+
+    Raises:
+        DataError: there is none.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise DataError(
+            f"there is no {file}; give a tokenizer.json, or the folder of a model with one "
+            "(save_pretrained of a fast tokenizer writes it)"
+        )
+    return file
 
 
 def find_texts(source: Path, columns: TextColumns) -> Found:
