@@ -180,8 +180,8 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the moment estimates."""
     schedule: Literal["constant", "cosine", "release"] = "cosine"
-    """Shape after the warm-up; cosine ends at zero. release: that of the authors' code (1.4), 1e-5 at
-    step 0, then a warm-up to lr, then a cosine that ends warmup_steps short of zero."""
+    """Shape after the warm-up; cosine ends at zero. release: that of the authors' code (1.4): 1e-5
+    at step 0, then a warm-up to lr, then a cosine that ends warmup_steps short of zero."""
     warmup_steps: int = 0
     """Steps of linear warm-up from zero."""
     clip_norm: float = 0.0
