@@ -22,6 +22,7 @@ VERBS = {
     "extract": "features of frozen encoders, once, for heads that are trained on them",
     "train": "train a recipe: every mode for every seed, then the comparison",
     "evaluate": "evaluate the models of a run folder again",
+    "analyse": "shift, margins, clusters, alignment, neurons, ...: what the paper looks at",
     "export": "write a run's target model as plain safetensors",
     "plan": "memory, rate and limits of a run on a cluster, before it is started",
     "doctor": "print what is on in this installation, and why",

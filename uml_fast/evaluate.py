@@ -55,10 +55,16 @@ def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task
         )
     task = config.load(seed, mode)
     model = build_model(config, task, seed)
-    prefix = "best/" if any(k.startswith("best/") for k in saved.tensors) else "model/"
+    load_weights(model, saved)
+    return model.to(resolve_device(config.device)).eval(), config, task
+
+
+def load_weights(model: Uml, saved: checkpoint.Checkpoint, *, best: bool = True) -> None:
+    """Put the weights of a checkpoint into a model: the best ones of its trial, or its last."""
+    has_best = best and any(k.startswith("best/") for k in saved.tensors)
+    prefix = "best/" if has_best else "model/"
     weights = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
     model.load_state_dict(weights)
-    return model.to(resolve_device(config.device)).eval(), config, task
 
 
 def evaluate(folder: Path) -> Iterator[dict[str, Any]]:

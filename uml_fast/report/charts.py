@@ -24,8 +24,9 @@ _PAGE_COLOURS = {
     "#040404": "var(--unimodal)",
     "#050505": "var(--uml)",
 }
-_INK, _MUTED, _LINE, _UNIMODAL, _UML = _PAGE_COLOURS
-_MODE_COLOUR = dict(zip(MODES, (_UNIMODAL, _UML), strict=True))
+INK, MUTED, LINE, UNIMODAL, UML = _PAGE_COLOURS
+MODE_COLOUR = dict(zip(MODES, (UNIMODAL, UML), strict=True))
+"""Colour of each mode in a drawing of ``chart``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +76,16 @@ def curves_chart(
         if is_log:
             axes.set_yscale("log")
         for mode, c in curves.items():
-            axes.fill_between(c.steps, c.low, c.high, color=_MODE_COLOUR[mode], alpha=0.16, lw=0)
+            axes.fill_between(c.steps, c.low, c.high, color=MODE_COLOUR[mode], alpha=0.16, lw=0)
             marker = "o" if len(c.steps) == 1 else None
-            axes.plot(c.steps, c.mean, color=_MODE_COLOUR[mode], lw=1.6, marker=marker)
+            axes.plot(c.steps, c.mean, color=MODE_COLOUR[mode], lw=1.6, marker=marker)
         axes.set_xlabel("optimiser steps")
         axes.xaxis.set_major_locator(_ticker().MaxNLocator(5, integer=True))
         if not is_log:
             axes.yaxis.set_major_locator(_ticker().MaxNLocator(5))
             axes.yaxis.set_major_formatter(lambda v, _: y_format(v))
 
-    return _chart(title, draw)
+    return chart(title, draw)
 
 
 def pairs_chart(
@@ -98,21 +99,21 @@ def pairs_chart(
 
     def draw(axes: Any) -> None:
         for a, b in zip(unimodal, uml, strict=True):
-            axes.plot([0, 1], [a, b], color=_MUTED, lw=0.8, alpha=0.7)
-        for x, values, colour in ((0, unimodal, _UNIMODAL), (1, uml, _UML)):
+            axes.plot([0, 1], [a, b], color=MUTED, lw=0.8, alpha=0.7)
+        for x, values, colour in ((0, unimodal, UNIMODAL), (1, uml, UML)):
             axes.plot([x] * len(values), values, "o", color=colour, ms=4.5, mew=0, alpha=0.85)
             side = -0.3 if x == 0 else 0.12
             mean = sum(values) / len(values)
             axes.plot([x + side, x + side + 0.18], [mean, mean], color=colour, lw=2.4)
         for level in baselines:
-            axes.axhline(level, color=_MUTED, lw=0.9, ls=(0, (4, 3)))
+            axes.axhline(level, color=MUTED, lw=0.9, ls=(0, (4, 3)))
         axes.set_xlim(-0.45, 1.45)
         axes.set_xticks([0, 1], ["unimodal", "UML"])
         axes.grid(axis="x", visible=False)
         axes.yaxis.set_major_locator(_ticker().MaxNLocator(5))
         axes.yaxis.set_major_formatter(lambda v, _: y_format(v))
 
-    return _chart(title, draw)
+    return chart(title, draw)
 
 
 def _ticker() -> Any:
@@ -121,19 +122,22 @@ def _ticker() -> Any:
     return ticker
 
 
-def _chart(title: str, draw: Callable[[Any], None]) -> str:
+def chart(
+    title: str, draw: Callable[[Any], None], *, size: tuple[float, float] = (3.7, 2.5)
+) -> str:
+    """SVG of what ``draw`` puts on a matplotlib Axes, in the page's colours; ``size`` in inches."""
     import matplotlib
     from matplotlib.figure import Figure
 
     style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.edgecolor": _LINE,
-        "axes.labelcolor": _MUTED, "xtick.color": _MUTED, "ytick.color": _MUTED, "axes.grid": True,
-        "grid.color": _LINE, "grid.linewidth": 0.6, "axes.spines.top": False,
+        "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.edgecolor": LINE,
+        "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "axes.grid": True,
+        "grid.color": LINE, "grid.linewidth": 0.6, "axes.spines.top": False,
         "axes.spines.right": False, "axes.spines.left": False, "axes.axisbelow": True,
-        "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "text.color": _INK,
+        "xtick.major.size": 0, "ytick.major.size": 0, "ytick.minor.size": 0, "text.color": INK,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.7, 2.5), layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         draw(axes)
         out = io.StringIO()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uml_fast.log import RunFolderError, read_metrics
-from uml_fast.report import sections
+from uml_fast.report import analyses, sections
 from uml_fast.report.sections import ReportError, escape, together, versions_of
 from uml_fast.report.table import beaten_by, metric_of, searched
 
@@ -26,11 +26,12 @@ def write_report(folder: Path) -> Path:
     if run is None and summary is None:
         raise ReportError(f"{folder} holds no run: neither run.json nor summary.json is there")
     samples = _read(folder, "samples.json") or []
+    analysis = _read(folder, "analysis.json")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError("report.html needs matplotlib: pip install matplotlib") from error
-    page = _page(run or {}, summary, read_metrics(folder), samples, folder)
+    page = _page(run or {}, summary, read_metrics(folder), samples, analysis, folder)
     path = folder / "report.html"
     try:
         path.write_text(page, encoding="utf-8")
@@ -54,6 +55,7 @@ def _page(
     summary: Mapping[str, Any] | None,
     records: Sequence[Mapping[str, Any]],
     samples: Sequence[Mapping[str, Any]],
+    analysis: Mapping[str, Any] | None,
     folder: Path,
 ) -> str:
     config = run.get("config") or {}
@@ -64,6 +66,7 @@ def _page(
         sections.comparison(summary) if summary else "",
         sections.every_seed(summary) if summary else "",
         sections.curves(records, facts),
+        analyses.section(analysis, summary) if analysis else "",
         sections.throughput(summary, records) if summary else "",
         sections.sample_cards(samples, folder / "samples.json"),
         sections.theory(summary) if summary else "",

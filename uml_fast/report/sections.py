@@ -58,7 +58,7 @@ def comparison(summary: Mapping[str, Any]) -> str:
         f"<h2>Unimodal against UML</h2><p>{escape(metric_of(summary).title.capitalize())}, "
         "measured on the test data of the target modality. Both modes have the same seeds; the "
         "interval is that of the paired difference (Student t over seeds).</p>"
-        + _table(head, body, "comparison")
+        + table(head, body, "comparison")
     )
 
 
@@ -83,7 +83,8 @@ def _comparison_row(summary: Mapping[str, Any], c: Mapping[str, Any]) -> str:
     )
 
 
-def _table(head: str, body: Sequence[str], kind: str = "") -> str:
+def table(head: str, body: Sequence[str], kind: str = "") -> str:
+    """A table in a card: its head and its rows, as HTML."""
     return (
         f'<div class="card scroll {kind}"><table><thead>{head}</thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -117,14 +118,15 @@ def every_seed(summary: Mapping[str, Any]) -> str:
             m.text,
         )
         dashed = ", ".join(f"{x['name']} {m.text(x['mean'])}" for x in fitting)
-        figures.append(_figure(title, svg, f"dashed: {dashed}" if dashed else ""))
+        figures.append(figure(title, svg, f"dashed: {dashed}" if dashed else ""))
     if not figures:
         return ""
     note = '<p class="note">A line joins the two runs of one seed; the bars are the means.</p>'
     return f'<h2>Every seed</h2>{LEGEND}<div class="charts">{"".join(figures)}</div>{note}'
 
 
-def _figure(title: str, svg: str, note: str = "") -> str:
+def figure(title: str, svg: str, note: str = "") -> str:
+    """A chart in a card, with its title and a note below."""
     below = f'<p class="note">{escape(note)}</p>' if note else ""
     return f'<figure class="card"><figcaption>{escape(title)}</figcaption>{svg}{below}</figure>'
 
@@ -181,7 +183,7 @@ def _curve_figures(records: Sequence[Mapping[str, Any]], wanted: Sequence[_Curve
         drawn = {mode: curve for mode, curve in found.items() if curve is not None}
         if drawn:
             svg = charts.curves_chart(w.title, drawn, w.y_format, is_error=w.is_error)
-            out.append(_figure(w.title, svg))
+            out.append(figure(w.title, svg))
     return "".join(out)
 
 
@@ -240,11 +242,11 @@ def _loading(rates: Mapping[str, Any]) -> str:
             for v in shown.values()
         )
         body.append(f'<tr><th scope="row">{escape(name)}</th>{cells}</tr>')
-    table = _table(f"<tr><th></th>{head}</tr>", body)
+    shown_table = table(f"<tr><th></th>{head}</tr>", body)
     slowest = max(shown.get("stall") or {"": 0.0}, key=lambda k: shown.get("stall", {}).get(k, 0.0))
     note = "Milliseconds a pack: time of all threads, and what the wait was for."
     most = f" Training waited longest for {escape(slowest)}." if slowest else ""
-    return f'<h3>Loading</h3>{table}<p class="note">{note}{most}</p>'
+    return f'<h3>Loading</h3>{shown_table}<p class="note">{note}{most}</p>'
 
 
 def sample_cards(samples: Sequence[Mapping[str, Any]], path: Path) -> str:
@@ -307,7 +309,7 @@ def theory(summary: Mapping[str, Any]) -> str:
     columns = list(dict.fromkeys(key for check in checks for key in check))
     head = "".join(f"<th>{escape(c.replace('_', ' '))}</th>" for c in columns)
     body = ["".join(f"<td>{_cell(c.get(k))}</td>" for k in columns) for c in checks]
-    return "<h2>Theory, checked numerically</h2>" + _table(
+    return "<h2>Theory, checked numerically</h2>" + table(
         f"<tr>{head}</tr>", [f"<tr>{cells}</tr>" for cells in body]
     )
 
