@@ -12,13 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.test_report import Page
 from tests.tiny import tiny_prediction
 from uml_fast.analyse import main
 from uml_fast.cli import run_main
-from uml_fast.config import CheckpointConfig, EvalConfig, MixConfig, OptimConfig
+from uml_fast.config import (
+    CheckpointConfig,
+    EvalConfig,
+    MixConfig,
+    ObjectiveConfig,
+    OptimConfig,
+)
 from uml_fast.data.folders import FoldersConfig
 from uml_fast.data.shards import ShardSet
 from uml_fast.evaluate import load_model
@@ -260,3 +267,23 @@ def test_what_cannot_be_used_is_refused_in_one_line(
 def test_a_folder_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(main, [str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+def test_what_the_head_reads_gives_its_logits() -> None:
+    from uml_fast.model.head import SharedHead
+    from uml_fast.observe import read_by_head
+
+    class Model:
+        def __init__(self, head: SharedHead) -> None:
+            self.head, self.logits = head, head
+
+    v = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    for hidden in (0, 7):
+        config = ObjectiveConfig(classes=3, project=("a",), learn_scale=True, head_hidden=hidden)
+        head = SharedHead(config, 6, ("a", "b"))
+        with torch.no_grad():
+            head.scale["a"].fill_(2.5)
+        rows, weight = read_by_head(Model(head), "a", v)  # type: ignore[arg-type]
+        assert weight is not None
+        expected = head(torch.from_numpy(v), "a").detach().numpy()
+        np.testing.assert_allclose(rows @ weight.T, expected, rtol=1e-5, atol=1e-6)

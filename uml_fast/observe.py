@@ -64,8 +64,8 @@ class Observed:
 
 def look(o: Observed) -> Trained:
     """Embeddings of the target's labelled test samples, and the head that reads them."""
-    rows, labels = embeddings_and_labels(o.model, pack_source(o.task.test, o.device))
-    head = _folded_head(o.model, o.config.target)
+    embedding, labels = embeddings_and_labels(o.model, pack_source(o.task.test, o.device))
+    rows, head = read_by_head(o.model, o.config.target, embedding)
     aligned = {}
     for source in o.task.train:
         if head is None or source.name == o.config.target or not (source.labels >= 0).any():
@@ -82,14 +82,25 @@ def look(o: Observed) -> Trained:
 
 
 @torch.no_grad()
-def _folded_head(model: Uml, target: str) -> np.ndarray | None:
-    """(C, E) the head as the target sees it; None where the model has none."""
-    if model.head is None:
-        return None
-    # the head is linear without bias, so the logits of unit vectors are its columns
-    identity = torch.eye(model.head.weight.shape[1], device=model.head.weight.device)
-    columns: np.ndarray = model.logits(identity, target).cpu().numpy()
-    return columns.T
+def read_by_head(
+    model: Uml, target: str, embedding_NE: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What the head's matrix reads of the target, and that matrix with the target's scale.
+
+    Of a linear head the embeddings, and its matrix with the projection folded in; of one with a
+    hidden layer that layer. The matrix is None where the model has no head.
+    """
+    head = model.head
+    if head is None:
+        return embedding_NE, None
+    device = head.weight.device
+    if head.hidden is None:
+        # linear without bias, so that the logits of unit vectors are the columns
+        columns = model.logits(torch.eye(head.weight.shape[1], device=device), target)
+        return embedding_NE, columns.T.cpu().numpy()
+    weight = head.weight * head.scale[target] if target in head.scale else head.weight
+    read = head.inputs(torch.from_numpy(embedding_NE).to(device), target)
+    return read.cpu().numpy(), weight.cpu().numpy()
 
 
 def open_shifted(config: RunConfig, places: Mapping[str, str]) -> dict[str, Outside]:
@@ -110,12 +121,12 @@ def open_shifted(config: RunConfig, places: Mapping[str, str]) -> dict[str, Outs
 
 def shift_findings(found: Findings, o: Observed, sets: Mapping[str, Outside]) -> None:
     """Accuracy on shifted sets: of the head, or of the probe where the run has no head."""
-    head = _folded_head(o.model, o.config.target)
     for name, opened in sets.items():
         with found.attempt(f"shift to {name}"):
             mapping = class_map(opened.class_names, o.task.class_names)
             labelled = opened.source.labels >= 0
-            rows = o.embedded(opened.source)[labelled]
+            embedding = o.embedded(opened.source)[labelled]
+            rows, head = read_by_head(o.model, o.config.target, embedding)
             labels = opened.source.labels[labelled].astype(np.int64)
             if head is None:
                 known = mapping[labels] >= 0

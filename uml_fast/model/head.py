@@ -32,13 +32,15 @@ class SharedHead(nn.Module):
 
     def forward(self, embedding_SE: Tensor, modality: str) -> Tensor:
         """Embeddings (S, E) of one modality to logits (S, classes), fp32."""
+        logits = F.linear(self.inputs(embedding_SE, modality), self.weight)
+        return logits * self.scale[modality] if modality in self.scale else logits
+
+    def inputs(self, embedding_SE: Tensor, modality: str) -> Tensor:
+        """What W is multiplied with: (S, E) embeddings projected, or (S, H) the hidden layer."""
         v = embedding_SE.float()
         if modality in self.project:
             v = self.project[modality](v)
-        if self.hidden is not None:
-            v = F.gelu(self.hidden(v))
-        logits = F.linear(v, self.weight)
-        return logits * self.scale[modality] if modality in self.scale else logits
+        return v if self.hidden is None else F.gelu(self.hidden(v))
 
     @torch.no_grad()
     def set_class_means(self, embedding_NE: Tensor, label_N: Tensor) -> None:
