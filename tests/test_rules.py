@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uml_fast"
 
 LAYERS = (
-    ("config", "_native", "_native_cuda"),
+    ("networks", "config", "_native", "_native_cuda"),
     ("native", "device", "files", "foreign", "profiling", "progress", "trace"),
     ("kernels",),
     ("pack", "layout", "schedule", "resume", "flops", "scaling"),

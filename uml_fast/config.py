@@ -13,54 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from uml_fast.networks import BackboneConfig as BackboneConfig
+from uml_fast.networks import ConfigError as ConfigError
+from uml_fast.networks import ModalityConfig as ModalityConfig
+from uml_fast.networks import require as require
+
 if TYPE_CHECKING:
     from uml_fast.data.source import Task
-    from uml_fast.modalities.base import Modality
-    from uml_fast.model.backbone import Backbone
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run: the message names field, value and what is accepted."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise ConfigError with ``message`` unless ``condition`` holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModalityConfig:
-    """One modality of a run: its name, its part of the token mix and its weight in the loss.
-
-    Subclasses live in ``uml_fast/modalities/`` and build the stem, the decoder and the loss.
-    """
-
-    name: str
-    """Name of the modality, unique in the run; sources, metrics and checkpoints use it."""
-    share: float = 1.0
-    """Part of this modality in the token mix, relative to the others (tokens, not samples)."""
-    weight: float = 1.0
-    """Factor of this modality's loss in the total (alpha of the paper)."""
-    encoder: BackboneConfig | None = None
-    """The modality's own network, between its stem and the shared part (f_X of paper 1.1)."""
-    pooled: bool = False
-    """The shared part gets one vector per sample from the encoder, not its rows (paper 1.4)."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.name.isidentifier(), f"modality name {self.name!r} must be a Python identifier"
-        )
-        require(self.share > 0, f"{self.name}.share is {self.share}; it must be positive")
-        require(self.weight >= 0, f"{self.name}.weight is {self.weight}; it must not be negative")
-        require(
-            self.encoder is not None or not self.pooled,
-            f"{self.name}.pooled needs {self.name}.encoder: without one there is nothing to pool",
-        )
-
-    def build(self, width: int, output_width: int, decode: bool) -> Modality:
-        """The stem (to ``width``) and, if ``decode``, the decoder (from ``output_width``)."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,37 +35,6 @@ class DataConfig:
 
         ``run`` is the configuration of the run in that mode; files are decoded for its modalities.
         """
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BackboneConfig:
-    """A network over packs: the shared one, or a modality's own.
-
-    Subclasses live in ``uml_fast/model/`` and implement ``build``.
-    """
-
-    width: int
-    """Features per token at the input of the network; stems project to it."""
-    freeze: bool = False
-    """Leave the network as it starts; a modality's own together with its stem."""
-    unfreeze_at: int = 0
-    """Step at which a frozen network starts to be trained; 0: never."""
-
-    @property
-    def stays_frozen(self) -> bool:
-        """Whether the network is never trained."""
-        return self.freeze and self.unfreeze_at == 0
-
-    def is_frozen(self, step: int) -> bool:
-        """Whether step ``step`` leaves the network as it is."""
-        return self.stays_frozen or (self.freeze and step < self.unfreeze_at)
-
-    def check(self, modality: str, longest: int) -> None:
-        """Raise ConfigError unless samples of ``longest`` rows of a modality fit the network."""
-
-    def build(self) -> Backbone:
-        """The network with freshly drawn weights."""
         raise NotImplementedError
 
 
