@@ -113,7 +113,7 @@ def test_unknown_names_get_the_nearest(recipe: str, capsys: pytest.CaptureFixtur
     path = recipe.removesuffix(":tiny")
     for arguments, expected in (
         (["gausian"], "unknown recipe 'gausian'; did you mean gaussian?"),
-        (["zzz"], "there are: numbers, gaussian, folders, throughput (your own recipe is path/to"),
+        (["zzz"], f"there are: {', '.join(recipes.RECIPES)} (your own recipe is path/to"),
         ([f"{path}:tinny"], "unknown function 'tinny'; did you mean tiny?"),
         ([path], "add the function that returns the run"),
         ([f"{path}:wrong"], "returned int; it must return RunConfig"),

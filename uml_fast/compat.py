@@ -9,17 +9,46 @@ are what the model gives on a pack of padded samples.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from uml_fast.config import ConfigError, RunConfig
+from uml_fast.config import ConfigError, MixConfig, RunConfig
 from uml_fast.model.uml import Uml
 from uml_fast.objective import losses
 from uml_fast.pack import Layout, PackedBatch, Region, pack_samples, unpack_samples
 
 Compat = Literal["none", "release"]
+
+
+def release_warmup_epochs(mix: MixConfig) -> float:
+    """Epochs of the release's warm-up: ``step_k`` counts from 0 and is included, so one more."""
+    return mix.warmup_epochs + 1 if mix.policy == "warmup" else mix.warmup_epochs
+
+
+def release_batches(
+    name: str, samples: Sequence[np.ndarray], labels: Sequence[int], batch: int
+) -> Iterator[PackedBatch]:
+    """Samples in their order as the release's evaluation sees them: padded batches of ``batch``.
+
+    Args:
+        name: modality.
+        samples: each (rows, E) float32.
+        labels: class of each sample.
+        batch: samples of a batch; the last one may have fewer.
+    """
+    for first in range(0, len(samples), batch):
+        given = samples[first : first + batch]
+        rows = sum(map(len, given))
+        region = Region(
+            name=name, rows=rows, slots=len(given), row_elems=given[0].shape[1],
+            dtype=given[0].dtype.name, max_len=max(map(len, given)),
+        )  # fmt: skip
+        chosen = {name: list(labels[first : first + batch])}
+        yield release_batch(pack_samples(Layout((region,)), {name: given}, chosen))
 
 
 def release_batch(batch: PackedBatch) -> PackedBatch:
@@ -33,6 +62,8 @@ def release_batch(batch: PackedBatch) -> PackedBatch:
         there.
     """
     regions, samples, labels = [], {}, {}
+    device = batch.offsets_S1.device
+    batch = batch.to(torch.device("cpu"))
     for m, (region, given) in enumerate(
         zip(batch.layout.regions, unpack_samples(batch).values(), strict=True)
     ):
@@ -51,7 +82,6 @@ def release_batch(batch: PackedBatch) -> PackedBatch:
                 row_elems=region.row_elems, dtype=region.dtype, max_len=longest,
             )
         )  # fmt: skip
-    device = batch.offsets_S1.device
     return pack_samples(Layout(tuple(regions)), samples, labels).to(device)
 
 

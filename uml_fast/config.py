@@ -30,6 +30,10 @@ class DataConfig:
         """Those of a run's modalities that there is data for."""
         return modalities
 
+    def only(self, names: tuple[str, ...]) -> DataConfig:
+        """The same data for some of the run's modalities."""
+        return self
+
     def load(self, seed: int, mode: str, run: RunConfig | None = None) -> Task:
         """The samples of one trial: those of a seed, for ``unimodal`` or ``uml``.
 
@@ -80,6 +84,9 @@ class MixConfig:
     """joint: all modalities a pack; alternate: one a pack; warmup: one side first, then joint."""
     token_budget: int = 2048
     """Rows of a joint pack over all modalities."""
+    batch: int = 0
+    """Samples of the target in a joint pack, on average, in place of ``token_budget``, and as many
+    rows of a modality that goes first alone; 0: ``token_budget`` holds."""
     warmup_epochs: float = 0.0
     """Length of the warm-up in epochs of the modality that goes first (policy warmup)."""
     warmup_first: Literal["auxiliary", "target"] = "auxiliary"
@@ -91,6 +98,11 @@ class MixConfig:
 
     def __post_init__(self) -> None:
         require(self.token_budget >= 1, f"mix.token_budget is {self.token_budget}; it must be >= 1")
+        require(self.batch >= 0, f"mix.batch is {self.batch}; it must not be negative")
+        require(
+            not self.batch or self.policy != "alternate",
+            "mix.batch counts samples of joint packs; with policy alternate give mix.token_budget",
+        )
         require(self.warmup_epochs >= 0, "mix.warmup_epochs must not be negative")
         require(self.stop_epochs > 0, "mix.stop_epochs must be positive")
 
@@ -132,6 +144,8 @@ class EvalConfig:
 
     probe: bool = True
     """Fit a logistic regression on frozen embeddings of the target's training data (paper 1.2)."""
+    probe_kind: Literal["default", "mosi"] = "default"
+    """The paper's two probes: lbfgs on embeddings as they are; mosi: liblinear, standardised."""
     every: int = 0
     """Steps between validations; 0: only at the end."""
     patience: int = 0
@@ -188,6 +202,8 @@ class RunConfig:
     """Checkpoints."""
     steps: int = 1000
     """Optimiser steps of each trial."""
+    epochs: float = 0.0
+    """Length of a trial in epochs of the target in place of ``steps``; 0: ``steps`` holds."""
     seeds: int = 5
     """Number of paired seeds: each is trained once per mode."""
     seed: int = 0
@@ -215,6 +231,9 @@ class RunConfig:
     """File for a Perfetto trace of one trial: the first one trained with all modalities, if any."""
     profile: Path | None = None
     """File for a torch profiler trace of some steps of that trial, its phases named (NVTX too)."""
+    compat: Literal["none", "release"] = "none"
+    """release: the authors' padding and epoch counts, in training and evaluation; slow, and for
+    comparison alone: an embedding then depends on the batch it is in."""
 
     def __post_init__(self) -> None:
         _check_finite(self)
@@ -223,6 +242,7 @@ class RunConfig:
         require(len(set(names)) == len(names), f"modality names are not unique: {names}")
         require(self.target in names, f"target {self.target!r} is not among the modalities {names}")
         require(self.steps >= 1, f"steps is {self.steps}; it must be >= 1")
+        require(self.epochs >= 0, f"epochs is {self.epochs}; it must not be negative")
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be >= 1")
         require(self.seed >= 0, f"seed is {self.seed}; it must be >= 0")
         self._check_networks()
@@ -232,6 +252,10 @@ class RunConfig:
         require(
             stop_with is None or stop_with in names,
             f"mix.stop_with is {stop_with!r}; it must be one of the modalities {names}",
+        )
+        require(
+            self.compat == "none" or (self.mix.batch > 0 and not self.compile),
+            "compat 'release' pads batches: give mix.batch, and do not compile",
         )
         self._check_metric()
         unknown = set(self.objective.project) - set(names)
@@ -302,8 +326,9 @@ class RunConfig:
         objective = dataclasses.replace(self.objective, project=project, init_head_from=None)
         stop_with = self.mix.stop_with if self.mix.stop_with == self.target else None
         mix = dataclasses.replace(self.mix, stop_with=stop_with)
+        data = self.data.only((self.target,))
         return dataclasses.replace(
-            self, modalities=(target,), backbone=backbone, objective=objective, mix=mix
+            self, modalities=(target,), data=data, backbone=backbone, objective=objective, mix=mix
         )
 
 

@@ -73,10 +73,11 @@ def evaluate(folder: Path) -> Iterator[dict[str, Any]]:
         model, config, task = load_model(folder, mode, seed)
         device = resolve_device(config.device)
         train, test = (
-            pack_source(task.source(config.target), device),
-            pack_source(task.test, device),
+            pack_source(task.source(config.target), device, config),
+            pack_source(task.test, device, config),
         )
         numbers = asdict(measure(model, config, train, test, task.class_names))
+        del numbers["validation"]
         if (task.test.labels >= 0).any():
             known = embeddings_and_labels(model, train)
             k = min(5, len(known[1]))

@@ -5,17 +5,18 @@ Legend: N samples, E embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from uml_fast.analysis.probe import linear_probe
+from uml_fast.analysis.probe import LinearProbe
+from uml_fast.compat import release_batches
 from uml_fast.config import MixConfig, RunConfig
 from uml_fast.data.loader import iterate_once, layouts_of
-from uml_fast.data.source import Samples, for_evaluation
+from uml_fast.data.source import Samples, Task, for_evaluation
 from uml_fast.model.uml import Encoded, Uml
 from uml_fast.objective import losses
 from uml_fast.pack import PackedBatch
@@ -31,6 +32,8 @@ class Measurement:
     """Accuracy (0..1) of the shared head."""
     error: float | None
     """Mean prediction error (next_embedding)."""
+    validation: float | None = None
+    """The run's metric on the validation samples, for choosing; None: not asked for."""
 
 
 _EVALUATION_ROWS = 4096
@@ -46,9 +49,18 @@ class PackedSource:
     """Every sample once, in order."""
 
 
-def pack_source(source: Samples, device: torch.device) -> PackedSource:
-    """Pack every sample of ``source`` that can be read once (of a large one ``for_evaluation``)."""
+def pack_source(
+    source: Samples, device: torch.device, config: RunConfig | None = None
+) -> PackedSource:
+    """Pack every sample of ``source`` that can be read once (of a large one ``for_evaluation``).
+
+    ``config`` says whether they are padded in batches, for comparison with the release.
+    """
     source = for_evaluation(source, "evaluation")
+    if config is not None and config.compat == "release":
+        samples = [source.sample(i) for i in range(len(source))]
+        batches = release_batches(source.name, samples, source.labels.tolist(), config.mix.batch)
+        return PackedSource(source, tuple(b.to(device) for b in batches))
     rows = max(min(_EVALUATION_ROWS, int(source.offsets[-1])), 2 * int(source.lengths.max()))
     (layout,) = layouts_of((source,), MixConfig(token_budget=rows))
     return PackedSource(source, tuple(iterate_once(source, layout, device)))
@@ -99,11 +111,61 @@ def embeddings_and_labels(model: Uml, packed: PackedSource) -> tuple[np.ndarray,
 
 
 def probe_accuracy(
-    model: Uml, train: PackedSource, test: PackedSource, class_names: tuple[str, ...]
-) -> float:
-    """Linear probe (paper 1.2): fitted on embeddings of ``train``, accuracy on ``test``."""
-    return linear_probe(*embeddings_and_labels(model, train), *embeddings_and_labels(model, test),
-                        class_names=class_names)  # fmt: skip
+    model: Uml,
+    config: RunConfig,
+    train: PackedSource,
+    held_out: Sequence[PackedSource],
+    class_names: tuple[str, ...],
+) -> list[float]:
+    """Linear probe (paper 1.2) fitted on embeddings of ``train``: accuracy on each held-out set."""
+    probe = LinearProbe(
+        *embeddings_and_labels(model, train), preset=config.eval.probe_kind, class_names=class_names
+    )
+    return [probe.accuracy(*embeddings_and_labels(model, packed)) for packed in held_out]
+
+
+@dataclass(frozen=True, slots=True)
+class AlignedSources:
+    """The splits of a task whose modalities belong together, with their packs made."""
+
+    splits: Mapping[str, tuple[PackedSource, ...]]
+    """train, validation and test -> each modality."""
+
+    @staticmethod
+    def of(task: Task, config: RunConfig, device: torch.device) -> AlignedSources:
+        """Pack every split of a task that has ``aligned`` samples."""
+        validation, test = zip(*task.aligned, strict=True)
+        splits = {"train": task.train, "validation": validation, "test": test}
+        return AlignedSources(
+            {k: tuple(pack_source(s, device, config) for s in v) for k, v in splits.items()}
+        )
+
+
+def aligned_probes(
+    model: Uml, config: RunConfig, sources: AlignedSources, class_names: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    """Linear probes (paper 1.2) of each modality and of all of them side by side.
+
+    Every split is embedded once and every probe is fitted once. Returns, under the modality's name
+    or the names joined by ``+``, the accuracies on validation and test.
+    """
+    embedded = {
+        split: {packed.source.name: embed(model, packed) for packed in modalities}
+        for split, modalities in sources.splits.items()
+    }
+    labels = {split: modalities[0].source.labels for split, modalities in sources.splits.items()}
+    names = list(embedded["train"])
+    views = [(name,) for name in names] + ([tuple(names)] if len(names) > 1 else [])
+    out = {}
+    for view in views:
+        x = {s: np.concatenate([parts[name] for name in view], 1) for s, parts in embedded.items()}
+        probe = LinearProbe(
+            x["train"], labels["train"], preset=config.eval.probe_kind, class_names=class_names
+        )
+        out["+".join(view)] = {
+            split: probe.accuracy(x[split], labels[split]) for split in ("validation", "test")
+        }
+    return out
 
 
 def measure(
@@ -112,15 +174,25 @@ def measure(
     train: PackedSource,
     test: PackedSource,
     class_names: tuple[str, ...],
+    validation: PackedSource | None = None,
 ) -> Measurement:
     """All numbers the run asks for, on ``test``; ``train`` fits the probe."""
     has_labels = bool((test.source.labels >= 0).any())
     predicts = config.objective.kind == "next_embedding"
-    probes = config.eval.probe and has_labels
+    held_out = [test] if validation is None else [test, validation]
+    probe: list[float] = []
+    if config.eval.probe and has_labels:
+        probe = probe_accuracy(model, config, train, held_out, class_names)
+    chosen_by = None
+    if validation is not None and config.metric == "probe":
+        chosen_by = probe[1] if probe else None
+    elif validation is not None:
+        chosen_by = run_metric(model, config, train, validation, class_names)
     return Measurement(
-        probe=probe_accuracy(model, train, test, class_names) if probes else None,
+        probe=probe[0] if probe else None,
         head=head_accuracy(model, test) if has_labels and not predicts else None,
         error=prediction_error(model, test, config) if predicts else None,
+        validation=chosen_by,
     )
 
 
@@ -136,7 +208,7 @@ def run_metric(
         return head_accuracy(model, test)
     if config.metric == "error":
         return prediction_error(model, test, config)
-    return probe_accuracy(model, train, test, class_names)
+    return probe_accuracy(model, config, train, [test], class_names)[0]
 
 
 def init_head(model: Uml, source: Samples) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from uml_fast.compat import release_warmup_epochs
 from uml_fast.config import ConfigError, MixConfig, RunConfig
-from uml_fast.data.loader import layouts_of
-from uml_fast.data.source import DataError, Task, in_memory
+from uml_fast.data.loader import layouts_of, streams_of
+from uml_fast.data.source import DataError, Samples, Task, in_memory
 from uml_fast.device import resolve_device, resolve_dtype
+from uml_fast.layout import make_rules
 from uml_fast.measure import init_head
 from uml_fast.model.uml import Uml
 from uml_fast.pack import Layout
@@ -24,6 +28,43 @@ def shares_of(config: RunConfig) -> dict[str, float]:
     return {m.name: m.share for m in config.modalities}
 
 
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with the steps and rows that its epochs and ``mix.batch`` come to.
+
+    They are counted on the data of the first seed. An epoch is as many packs as its samples fill;
+    under ``compat="release"`` as many batches, the last one maybe smaller.
+    """
+    mix, target = config.mix, config.target
+    if not (mix.batch or config.epochs):
+        return config
+    sources = config.load(config.seed, "uml").train
+    streams = {s.name: s for s in streams_of(sources, shares_of(config), target)}
+    own = streams[target]
+    if mix.batch:
+        quota = mix.batch * float(own.lengths.mean()) / own.share
+        rows = sum(s.rows_for(quota * s.share) for s in streams.values())
+        mix = dataclasses.replace(mix, token_budget=rows)
+    if not config.epochs:
+        return dataclasses.replace(config, mix=mix)
+    if config.compat == "release":
+        steps = config.epochs * math.ceil(len(own.lengths) / mix.batch)
+    else:
+        layouts = _layouts(config, mix, sources)
+        pace = make_rules(tuple(streams.values()), layouts, mix).layouts[-1].pace
+        steps = config.epochs * int(own.lengths.sum()) / (pace * own.share)
+    return dataclasses.replace(config, mix=mix, steps=math.ceil(steps))
+
+
+def _layouts(config: RunConfig, mix: MixConfig, sources: Sequence[Samples]) -> tuple[Layout, ...]:
+    """The layouts of mode uml; with ``mix.batch`` a side that goes first alone keeps its rows."""
+    *first, joint = layouts_of(sources, mix, shares_of(config), config.target)
+    if not mix.batch or not first:
+        return (*first, joint)
+    goes_first = mix.warmup_first == "target"
+    kept = tuple(r for r in joint.regions if (r.name == config.target) == goes_first)
+    return Layout(kept), joint
+
+
 def plan_mix(
     config: RunConfig, mode: str, task: Task, seed: int
 ) -> tuple[MixConfig, tuple[Layout, ...]]:
@@ -34,7 +75,10 @@ def plan_mix(
     """
     shares = shares_of(config)
     if mode == "uml":
-        return config.mix, layouts_of(task.train, config.mix, shares, config.target)
+        mix = config.mix
+        if config.compat == "release":
+            mix = dataclasses.replace(mix, warmup_epochs=release_warmup_epochs(mix))
+        return mix, _layouts(config, mix, task.train)
     if config.mix.policy == "alternate":
         part = shares[config.target] / sum(shares.values())
         rows = max(round(config.mix.token_budget * part), 2 * int(task.train[0].lengths.max()))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uml_fast.compat import release_batch
 from uml_fast.config import RunConfig
 from uml_fast.distributed import ALONE, Ranks
 from uml_fast.model.uml import Uml
@@ -64,6 +65,8 @@ class TrainStep:
         """Train on one pack. ``step`` counts from 0 and fixes learning rate and dropout masks."""
         key = hash64(self.seed, _DROPOUT, self.ranks.rank, np.array([step]))
         self.rng_key.fill_(int(key[0] >> 1))
+        if self.config.compat == "release":
+            batch = release_batch(batch)
         self.model.freeze_for(step)
         self._programs.add((batch.layout, self.model.frozen))
         with phase("forward"):

@@ -18,6 +18,8 @@ from uml_fast.log import read_metrics
 from uml_fast.machine import machine_info
 from uml_fast.model.uml import Uml
 
+_APART = ("baselines", "probes")
+"""Parts of a trial's result that have a table of their own."""
 _GROUPS = ("stages", "read_ms", "decode_ms", "assemble_ms", "stall_ms")
 _RATES = ("tokens_per_s", "samples_per_s", "mfu", "mfu_datasheet", "stall_pct", "fill_pct")
 
@@ -28,9 +30,10 @@ def summarise(config: RunConfig, results: Sequence[dict[str, Any]], folder: Path
     out: dict[str, Any] = {
         "recipe": config.recipe, "target": config.target, "metric": config.metric,
         "machine": info["machine"], "versions": info["versions"], "commit": info["commit"],
-        "results": [{k: v for k, v in r.items() if k != "baselines"} for r in results],
+        "results": [{k: v for k, v in r.items() if k not in _APART} for r in results],
         "comparison": compare(config, results),
         "baselines": baselines(config, results),
+        "probes": probes(results),
         "throughput": throughput(folder),
     }  # fmt: skip
     if config.eval.theory:
@@ -81,6 +84,19 @@ def baselines(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict
             }
         )
     return out
+
+
+def probes(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Accuracies of aligned modalities' probes: mean over seeds for each mode, view and split."""
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for r in results:
+        for view, splits in r.get("probes", {}).items():
+            for split, value in splits.items():
+                values[r["mode"], view, split].append(value)
+    return [
+        {"mode": mode, "view": view, "split": split} | dataclasses.asdict(mean_interval(over_seeds))
+        for (mode, view, split), over_seeds in values.items()
+    ]
 
 
 def throughput(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,9 @@ from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.distributed import Ranks, join_ranks
 from uml_fast.profiling import profiled
 from uml_fast.report import print_table, write_report
+from uml_fast.report.probes import probe_lines
 from uml_fast.run import locked, open_run, write_json
+from uml_fast.start import resolve
 from uml_fast.summary import describe_samples, summarise
 from uml_fast.trace import Trace
 from uml_fast.trial import Stopped, Trial
@@ -38,6 +40,7 @@ def train(config: RunConfig) -> Path | None:
         CheckpointError: all checkpoints of a trial are broken, or none can be written.
         RanksError: another rank is gone.
     """
+    config = resolve(config)
     with join_ranks(config.device) as ranks:
         folder = ranks.from_first(lambda: _open(config))
         with locked(folder) if ranks.is_first else contextlib.nullcontext():
@@ -83,7 +86,7 @@ def _finish(config: RunConfig, results: list[dict[str, Any]], folder: Path) -> N
     summary = summarise(config, results, folder)
     write_json(folder / "summary.json", summary)
     report = write_report(folder)
-    print(print_table(summary))
+    print("\n".join([print_table(summary), *probe_lines(summary)]))
     named = folder / DATA_ERRORS
     if named.exists():
         count = len(DataErrors(0, named))

@@ -17,7 +17,14 @@ from uml_fast.data.loader import Loader
 from uml_fast.device import resolve_device
 from uml_fast.distributed import ALONE, Ranks
 from uml_fast.log import RunLog, SilentLog
-from uml_fast.measure import PackedSource, measure, pack_source, run_metric
+from uml_fast.measure import (
+    AlignedSources,
+    PackedSource,
+    aligned_probes,
+    measure,
+    pack_source,
+    run_metric,
+)
 from uml_fast.meter import Meter, combine
 from uml_fast.optim import learning_rate, load_optimizer_tensors, optimizer_tensors
 from uml_fast.pack import Layout
@@ -60,8 +67,9 @@ class Trial:
         if ranks.is_first:
             sources = self.task.source(config.target), self.task.validation
             self.evaluated = (
-                pack_source(sources[0], self.device), pack_source(sources[1], self.device)
-            )  # fmt: skip
+                pack_source(sources[0], self.device, config),
+                pack_source(sources[1], self.device, config),
+            )
         self.step = 0
         self.best: dict[str, Any] = {"metric": None, "step": 0, "failures": 0}
         self.best_weights: dict[str, Tensor] = {}
@@ -268,11 +276,17 @@ class Trial:
         assert self.evaluated is not None
         if self.best_weights:
             self.model.load_state_dict(self.best_weights)
-        test = pack_source(self.task.test, self.device)
-        target, _ = self.evaluated
-        measured = measure(self.model, self.config, target, test, self.task.class_names)
+        test = pack_source(self.task.test, self.device, self.config)
+        target, validation = self.evaluated
+        names = self.task.class_names
+        measured = measure(self.model, self.config, target, test, names, validation)
+        probes: dict[str, dict[str, float]] = {}
+        if self.task.aligned and self.config.eval.probe:
+            aligned = AlignedSources.of(self.task, self.config, self.device)
+            probes = aligned_probes(self.model, self.config, aligned, names)
         return {
             "mode": self.mode, "seed": self.seed, "shots": None, "steps": self.step,
             "probe": measured.probe, "head": measured.head, "error": measured.error,
+            "validation": measured.validation, "probes": probes,
             "baselines": dict(self.task.baselines),
         }  # fmt: skip

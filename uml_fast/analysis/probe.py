@@ -14,9 +14,73 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
+Preset = Literal["default", "mosi"]
+
 
 class ProbeError(ValueError):
     """Embeddings or labels that cannot be probed; the message names the set, row or class."""
+
+
+class LinearProbe:
+    """Logistic regression fitted on frozen embeddings, scored on any number of held-out sets.
+
+    Args:
+        train_x: (N, D) training embeddings.
+        train_y: (N,) integer classes.
+        preset: the paper's two settings. default: lbfgs, C = 1, at most 200 iterations, no scaling.
+            mosi: standardised features, liblinear (it penalises the intercept too), at most 1000
+            iterations, two classes.
+        class_names: name of each class for error messages; empty: the number.
+
+    Raises:
+        ProbeError: shapes do not match, an embedding is not finite, or all training samples are of
+            one class.
+    """
+
+    def __init__(
+        self,
+        train_x: np.ndarray,
+        train_y: np.ndarray,
+        *,
+        preset: Preset = "default",
+        class_names: Sequence[str] = (),
+    ) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        self._train = _Checked("train", train_x, train_y, class_names)
+        classes = self._train.check_classes(2)
+        if preset == "mosi":
+            if classes != 2:
+                raise ProbeError(
+                    f"probe preset mosi is for two classes, there are {classes}; use preset default"
+                )
+            self._model = make_pipeline(
+                StandardScaler(),
+                LogisticRegression(solver="liblinear", max_iter=1000, random_state=0),
+            )
+        else:
+            self._model = LogisticRegression(C=1.0, max_iter=200)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConvergenceWarning)
+            self._model.fit(self._train.x, self._train.y)
+        for warning in caught:
+            if issubclass(warning.category, ConvergenceWarning):
+                logger.info("linear probe: the iteration limit of the paper's setting was reached")
+            else:
+                warnings.warn(warning.message, warning.category, stacklevel=2)
+
+    def accuracy(self, test_x: np.ndarray, test_y: np.ndarray) -> float:
+        """Accuracy (fraction 0..1) on embeddings (M, D) with classes (M,).
+
+        Raises:
+            ProbeError: as for the training embeddings, another D, or a class of the test set has
+                no training sample.
+        """
+        test = self._train.matching("test", test_x, test_y)
+        return float(self._model.score(test.x, test.y))
 
 
 def linear_probe(
@@ -25,51 +89,12 @@ def linear_probe(
     test_x: np.ndarray,
     test_y: np.ndarray,
     *,
-    preset: Literal["default", "mosi"] = "default",
+    preset: Preset = "default",
     class_names: Sequence[str] = (),
 ) -> float:
-    """Accuracy (fraction 0..1) of a logistic regression fitted on frozen embeddings.
-
-    Args:
-        train_x: (N, D) training embeddings.
-        train_y: (N,) integer classes.
-        test_x: (M, D) test embeddings.
-        test_y: (M,) integer classes.
-        preset: the paper's two settings. default: lbfgs, C = 1, at most 200 iterations, no scaling.
-            mosi: standardised features, liblinear (it penalises the intercept too), at most 1000
-            iterations, two classes.
-        class_names: name of each class for error messages; empty: the number.
-
-    Raises:
-        ProbeError: shapes do not match, an embedding is not finite, all training samples are of one
-            class, or a class of the test set has no training sample.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    train_x, train_y, test_x, test_y = _checked(train_x, train_y, test_x, test_y, class_names)
-    if preset == "mosi":
-        classes = len(np.unique(train_y))
-        if classes != 2:
-            raise ProbeError(
-                f"probe preset mosi is for two classes, there are {classes}; use preset default"
-            )
-        model = make_pipeline(
-            StandardScaler(), LogisticRegression(solver="liblinear", max_iter=1000, random_state=0)
-        )
-    else:
-        model = LogisticRegression(C=1.0, max_iter=200)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(train_x, train_y)
-    for warning in caught:
-        if issubclass(warning.category, ConvergenceWarning):
-            logger.info("linear probe: the iteration limit of the paper's setting was reached")
-        else:
-            warnings.warn(warning.message, warning.category, stacklevel=2)
-    return float(model.score(test_x, test_y))
+    """Accuracy (fraction 0..1) on one test set of a ``LinearProbe``; its arguments and errors."""
+    probe = LinearProbe(train_x, train_y, preset=preset, class_names=class_names)
+    return probe.accuracy(test_x, test_y)
 
 
 def knn(
@@ -91,28 +116,22 @@ def knn(
     """
     from sklearn.neighbors import KNeighborsClassifier
 
-    train_x, train_y, test_x, test_y = _checked(
-        train_x, train_y, test_x, test_y, class_names, min_classes=1
-    )
-    if not 1 <= k <= len(train_x):
-        raise ProbeError(f"k is {k}; there are {len(train_x)} training samples to choose from")
+    train = _Checked("train", train_x, train_y, class_names)
+    train.check_classes(1)
+    test = train.matching("test", test_x, test_y)
+    if not 1 <= k <= len(train.x):
+        raise ProbeError(f"k is {k}; there are {len(train.x)} training samples to choose from")
     model = KNeighborsClassifier(k, metric=metric, algorithm="brute")
-    model.fit(train_x, train_y)
-    return float(model.score(test_x, test_y))
+    model.fit(train.x, train.y)
+    return float(model.score(test.x, test.y))
 
 
-def _checked(
-    train_x: np.ndarray,
-    train_y: np.ndarray,
-    test_x: np.ndarray,
-    test_y: np.ndarray,
-    class_names: Sequence[str],
-    min_classes: int = 2,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    def name(label: int) -> str:
-        return repr(class_names[label]) if 0 <= label < len(class_names) else str(label)
+class _Checked:
+    """Embeddings ``x`` (n, D) float64 and classes ``y`` (n,) that can be probed."""
 
-    def pair(where: str, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def __init__(
+        self, where: str, x: np.ndarray, y: np.ndarray, class_names: Sequence[str]
+    ) -> None:
         x, y = np.asarray(x), np.asarray(y)
         if x.ndim != 2 or y.shape != x.shape[:1] or len(x) == 0:
             raise ProbeError(
@@ -126,24 +145,34 @@ def _checked(
                 f"{where}: {len(bad)} of {len(x)} embeddings hold NaN or infinity, the first is "
                 f"row {bad[0]}; training has diverged or the input is not finite"
             )
-        return x, y
+        self.x, self.y, self._class_names = x, y, class_names
 
-    train_x, train_y = pair("train", train_x, train_y)
-    test_x, test_y = pair("test", test_x, test_y)
-    if train_x.shape[1] != test_x.shape[1]:
-        raise ProbeError(
-            f"embeddings have {train_x.shape[1]} features in train and {test_x.shape[1]} in test"
-        )
-    known = np.unique(train_y)
-    missing = [name(int(c)) for c in np.setdiff1d(test_y, known)]
-    if missing:
-        raise ProbeError(
-            f"no training sample of class {', '.join(missing)}, which the test set has; "
-            "give it training samples or take it out of the test set"
-        )
-    if len(known) < min_classes:
-        only = name(int(known[0]))
-        raise ProbeError(
-            f"all {len(train_y)} training samples are of class {only}; two classes are needed"
-        )
-    return train_x, train_y, test_x, test_y
+    def _name(self, label: int) -> str:
+        names = self._class_names
+        return repr(names[label]) if 0 <= label < len(names) else str(label)
+
+    def check_classes(self, least: int) -> int:
+        """Number of classes; an error below ``least``."""
+        known = np.unique(self.y)
+        if len(known) < least:
+            raise ProbeError(
+                f"all {len(self.y)} training samples are of class {self._name(int(known[0]))}; "
+                "two classes are needed"
+            )
+        return len(known)
+
+    def matching(self, where: str, x: np.ndarray, y: np.ndarray) -> _Checked:
+        """A held-out set that has this one's width, and no class that it has not."""
+        other = _Checked(where, x, y, self._class_names)
+        if self.x.shape[1] != other.x.shape[1]:
+            raise ProbeError(
+                f"embeddings have {self.x.shape[1]} features in train and {other.x.shape[1]} in "
+                f"{where}"
+            )
+        missing = [self._name(int(c)) for c in np.setdiff1d(other.y, self.y)]
+        if missing:
+            raise ProbeError(
+                f"no training sample of class {', '.join(missing)}, which the {where} set has; "
+                f"give it training samples or take it out of the {where} set"
+            )
+        return other

@@ -287,6 +287,10 @@ class Task:
     """Name of each class."""
     baselines: tuple[tuple[str, float], ...] = ()
     """Strong simple methods on the same target data: (name, value of the run's metric)."""
+    aligned: tuple[tuple[Source, Source], ...] = ()
+    """Validation and test samples of each modality in the order of ``train``, where sample i of a
+    split is the same thing in all of them, the training samples included; they are measured
+    together (paper 1.2). Empty: the target alone is evaluated."""
 
     def source(self, name: str) -> Samples:
         """The training samples of one modality."""

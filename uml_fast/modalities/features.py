@@ -67,7 +67,7 @@ class Features(Modality):
     def fit(self, rows: np.ndarray, offsets: np.ndarray) -> None:
         if self.standardise:
             deviation = rows.std(0, dtype=np.float64)
-            deviation[deviation == 0] = 1.0
+            deviation[rows.max(0) == rows.min(0)] = 1.0  # rounding leaves it just above zero
             self.mean.copy_(torch.from_numpy(rows.mean(0, dtype=np.float64)))
             self.deviation.copy_(torch.from_numpy(deviation))
 

@@ -23,6 +23,11 @@ RECIPES = {
     "gaussian": "uml_fast.recipes.gaussian:gaussian",
     "folders": "uml_fast.recipes.folders:folders",
     "throughput": "uml_fast.recipes.throughput:throughput",
+    "mosi": "uml_fast.recipes.multibench:mosi",
+    "mosei": "uml_fast.recipes.multibench:mosei",
+    "mustard": "uml_fast.recipes.multibench:mustard",
+    "ur_funny": "uml_fast.recipes.multibench:ur_funny",
+    "mimic": "uml_fast.recipes.multibench:mimic",
 }
 """Name of each recipe -> where its function is."""
 

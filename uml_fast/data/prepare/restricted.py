@@ -64,7 +64,7 @@ class _Array:
         self.state = state
 
     def array(self) -> Any:
-        """The array; of Python objects: a list of them, one level deep."""
+        """The array; of Python objects: a list of them, in lists for further dimensions."""
         if self.state is None:
             raise _Refused("an array without content")
         _, shape, kind, is_fortran, raw = self.state
@@ -72,8 +72,11 @@ class _Array:
             raise _Refused("an array without a type")
         dtype = kind.dtype()
         if dtype is None:
-            if not isinstance(raw, list) or len(shape) != 1 or shape[0] != len(raw):
+            is_plain = len(shape) == 1 or not is_fortran
+            if not isinstance(raw, list) or math.prod(shape) != len(raw) or not is_plain:
                 raise _Refused(f"an array of objects of shape {shape}; store lists")
+            for size in reversed(shape[1:]):
+                raw = [raw[i : i + size] for i in range(0, len(raw), size)] if size else []
             return raw
         # Python 2 stored bytes as text
         content = raw.encode("latin1") if isinstance(raw, str) else bytes(raw)
