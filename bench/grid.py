@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from bench import harness
 from uml_fast.grid import Cell, Features, HeadData, HeadSchedule, few_shot, product, train_grid
-from uml_fast.grid.heads import Heads
+from uml_fast.grid.heads import Heads, Lesson
 from uml_fast.grid.train import chosen_samples, next_lesson
 
 WIDTH, CLASSES = 384, 100
@@ -56,6 +56,12 @@ def cells_of(mode: str, batch: int) -> list[Cell]:
     )
 
 
+def whole_lesson(data: HeadData, cell: Cell) -> Lesson:
+    """All steps of a cell."""
+    held_out = few_shot(data.validation.labels, 4, cell.seed, "validation")
+    return next_lesson(cell, chosen_samples(data, cell), held_out, 0, SCHEDULE.steps, SCHEDULE)
+
+
 def loss_of(
     head: torch.Tensor, projection: torch.Tensor | None, scales: torch.Tensor,
     images: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor | None,
@@ -85,7 +91,7 @@ def one_after_another(
         rates = SCHEDULE.rates(cell.lr, 0, SCHEDULE.steps)
         optimizer = torch.optim.AdamW(trained, weight_decay=cell.weight_decay, fused=True)
         held = torch.from_numpy(few_shot(data.validation.labels, 4, cell.seed, "validation"))
-        orders = next_lesson(cell, chosen_samples(data, cell), 0, SCHEDULE.steps, SCHEDULE).orders
+        orders = whole_lesson(data, cell).orders
         images, *texts = (torch.from_numpy(order) for order in orders)
         for k in range(SCHEDULE.steps):
             if k % SCHEDULE.eval_every == 0:
@@ -161,8 +167,7 @@ def test_both_train_the_same_heads() -> None:
     data = made_data()
     for cell in (cells_of("uml", 8)[0], cells_of("unimodal", 32)[0]):
         (theirs,) = one_after_another(data, [cell], loss_of)
-        lesson = next_lesson(cell, chosen_samples(data, cell), 0, SCHEDULE.steps, SCHEDULE)
         heads = Heads(data, [cell], 1)
         heads.start(0, cell)
-        heads.train({0: lesson})
-        torch.testing.assert_close(heads.folded(0, cell), theirs, rtol=0, atol=1e-4)
+        heads.train({0: whole_lesson(data, cell)})
+        torch.testing.assert_close(heads.folded(0), theirs, rtol=0, atol=1e-4)

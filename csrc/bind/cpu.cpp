@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -54,27 +55,62 @@ LossChunk loss_chunk(int dtype, int64_t rows, int64_t cols, Address product, Add
           at<double>(totals)};
 }
 
-HeadCell head_cell(Address weights, Address first, Address second, Address image_order,
-                   Address text_order, Address rates, int64_t begin, int64_t steps, int64_t batch,
-                   float alpha, float weight_decay, bool has_projection, bool learns_scale) {
+// Arguments of head_source, head_branch and head_cell.
+using SourceArguments = std::tuple<Address, Address, int64_t>;
+using BranchArguments = std::tuple<SourceArguments, Address, int64_t, float, bool>;
+using CellArguments = std::tuple<Address, Address, Address, Address, int64_t, int64_t, float, bool,
+                                 Address, Address, int64_t>;
+
+HeadSource head_source(Address rows, Address labels, int64_t width) {
+  return {at<const float>(rows), at<const int32_t>(labels), width};
+}
+
+HeadBranch head_branch(const SourceArguments& source, Address order, int64_t batch, float weight,
+                       bool is_projected) {
+  return {std::apply(head_source, source), at<const int32_t>(order), batch, weight, is_projected};
+}
+
+HeadCell head_cell(Address weights, Address first, Address second, Address rates, int64_t begin,
+                   int64_t steps, float weight_decay, bool learns_scale, Address folded,
+                   Address held_out, int64_t held_out_count) {
   return {at<float>(weights),
           at<float>(first),
           at<float>(second),
-          at<const int32_t>(image_order),
-          at<const int32_t>(text_order),
           at<const float>(rates),
           begin,
           steps,
-          batch,
-          alpha,
           weight_decay,
-          has_projection,
-          learns_scale};
+          learns_scale,
+          nullptr,
+          0,
+          at<float>(folded),
+          at<const int32_t>(held_out),
+          held_out_count,
+          0};
 }
 
-// Arguments of head_cell.
-using HeadArguments = std::tuple<Address, Address, Address, Address, Address, Address, int64_t,
-                                 int64_t, int64_t, float, float, bool, bool>;
+// The next steps of each cell; returns how many held-out samples each gets right after them.
+std::vector<int64_t> train_heads(
+    int threads, const SourceArguments& validation, int64_t classes,
+    const std::vector<std::pair<CellArguments, std::vector<BranchArguments>>>& arguments) {
+  std::vector<std::vector<HeadBranch>> branches(arguments.size());
+  std::vector<HeadCell> cells;
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto& [cell, own] = arguments[i];
+    for (const BranchArguments& a : own) branches[i].push_back(std::apply(head_branch, a));
+    cells.push_back(std::apply(head_cell, cell));
+    cells[i].branches = branches[i].data();
+    cells[i].branch_count = static_cast<int64_t>(own.size());
+  }
+  const HeadGrid grid{std::apply(head_source, validation), classes};
+  {
+    const py::gil_scoped_release release;
+    kernels().train_heads(threads, grid, cells.data(), static_cast<int64_t>(cells.size()));
+  }
+  std::vector<int64_t> right;
+  for (const HeadCell& cell : cells) right.push_back(cell.right);
+  return right;
+}
 
 }  // namespace
 }  // namespace uml
@@ -286,17 +322,7 @@ void bind_cpu(py::module_& module) {
                                    at<void>(grad_input));
       },
       nogil);
-  m.def("train_heads", [](int threads, Address images, Address image_labels, int64_t image_width,
-                          Address texts, Address text_labels, int64_t text_width, int64_t classes,
-                          const std::vector<HeadArguments>& arguments) {
-    const HeadGrid grid{{at<const float>(images), at<const int32_t>(image_labels), image_width},
-                        {at<const float>(texts), at<const int32_t>(text_labels), text_width},
-                        classes};
-    std::vector<HeadCell> cells;
-    for (const HeadArguments& a : arguments) cells.push_back(std::apply(head_cell, a));
-    const py::gil_scoped_release release;
-    kernels().train_heads(threads, grid, cells.data(), static_cast<int64_t>(cells.size()));
-  });
+  m.def("train_heads", train_heads);
   m.def(
       "text_stem_fwd",
       [](int threads, int64_t rows, int64_t cols, int weight_dtype, int position_dtype,

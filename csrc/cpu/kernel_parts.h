@@ -47,7 +47,7 @@ void text_stem_fwd(int threads, TextShape shape, const int32_t* ids, const void*
                    const void* position, const int32_t* position_index, void* out);
 void log_mel(int threads, const MelPlan& plan, const void* samples, const bool* continues,
              int64_t rows, void* out);
-void train_heads(int threads, const HeadGrid& grid, const HeadCell* cells, int64_t count);
+void train_heads(int threads, const HeadGrid& grid, HeadCell* cells, int64_t count);
 int64_t read_jpegs(const JpegBatch& batch, PatchShape shape, uint8_t* out, bool* is_read);
 
 // out[c] = sum over chunks of partial[chunk][c], in chunk order.

@@ -111,17 +111,20 @@ struct PatchShape {
   int64_t patch_width;
 };
 
-// Samples that heads are trained on: rows of `width` floats, a multiple of 16, and their classes.
+// Samples of one modality: rows of `width` floats, a multiple of 16, and their classes.
 struct HeadSource {
   const float* rows;
   const int32_t* labels;
   int64_t width;
 };
 
-struct HeadGrid {
-  HeadSource image;
-  HeadSource text;
-  int64_t classes;
+// What a cell sees of one modality.
+struct HeadBranch {
+  HeadSource source;
+  const int32_t* order;  // (steps, batch) rows of the batches
+  int64_t batch;
+  float weight;       // of its loss
+  bool is_projected;  // a projection leads from its features to the head
 };
 
 // One cell of a grid (uml_fast/grid/heads.py says how its parameters lie in memory).
@@ -129,16 +132,23 @@ struct HeadCell {
   float* weights;
   float* first;  // moments of AdamW
   float* second;
-  const int32_t* image_order;  // (steps, batch) rows of the batches
-  const int32_t* text_order;   // null: images alone
-  const float* rates;          // (steps) learning rates
-  int64_t begin;               // steps that were done before
+  const float* rates;  // (steps) learning rates
+  int64_t begin;       // steps that were done before
   int64_t steps;
-  int64_t batch;
-  float alpha;  // weight of the loss of text
   float weight_decay;
-  bool has_projection;
   bool learns_scale;
+  const HeadBranch* branches;  // the target first; the last one is not projected
+  int64_t branch_count;
+  float* folded;            // out: (target's width, classes) the target's path as one matrix
+  const int32_t* held_out;  // validation samples that are looked at after the steps
+  int64_t held_out_count;
+  int64_t right;  // out: how many of them the head gets right
+};
+
+// What all cells of a call share; classes of the head are padded to a multiple of 16 in memory.
+struct HeadGrid {
+  HeadSource validation;
+  int64_t classes;
 };
 
 // Where files lie: `sizes` bytes from `offsets` on in open files.
@@ -235,7 +245,7 @@ struct Kernels {
                   int64_t rows, void* out);
 
   // The next steps of each cell.
-  void (*train_heads)(int threads, const HeadGrid&, const HeadCell* cells, int64_t count);
+  void (*train_heads)(int threads, const HeadGrid&, HeadCell* cells, int64_t count);
 
   // Plain JPEG files of the given size to patches; out: images in turn, each patch after patch of
   // (patch_height, patch_width, channels). Files that are anything else are left out, and is_read

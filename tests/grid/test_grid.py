@@ -23,7 +23,7 @@ from uml_fast.grid import (
 )
 from uml_fast.grid.features import sample_order
 from uml_fast.grid.heads import Heads, Lesson
-from uml_fast.grid.reference import train_cell
+from uml_fast.grid.reference import look, train_cell
 from uml_fast.grid.train import chosen_samples, next_lesson
 
 SHORT = HeadSchedule(steps=120, eval_every=20, warmup_steps=10, patience=3)
@@ -55,7 +55,8 @@ THREE = ("image", "audio", "text")
 
 
 def one_lesson(data: HeadData, cell: Cell, steps: int = 30) -> Lesson:
-    return next_lesson(cell, chosen_samples(data, cell), 0, steps, SHORT)
+    held_out = np.arange(len(data.validation), dtype=np.int32)
+    return next_lesson(cell, chosen_samples(data, cell), held_out, 0, steps, SHORT)
 
 
 CELLS = [
@@ -100,7 +101,8 @@ def test_aligned_encoders_have_no_projection(
     means = torch.stack([data.train["text"].rows[data.train["text"].labels == c].mean(0)
                          for c in range(7)])  # fmt: skip
     torch.testing.assert_close(parts.head[:24, :7], F.normalize(means).T)
-    torch.testing.assert_close(heads.folded(0, cell), 100 * F.normalize(means).T)
+    heads.train({0: one_lesson(data, cell, 0)})
+    torch.testing.assert_close(heads.folded(0), 100 * F.normalize(means).T)
 
 
 def assert_steps_match(data: HeadData, cell: Cell) -> None:
@@ -111,7 +113,9 @@ def assert_steps_match(data: HeadData, cell: Cell) -> None:
     expected = in_float64(data, heads, lesson)
     plain.start(1, cell)
     train_cell(plain, 1, lesson)
-    heads.train({1: lesson})
+    right = heads.train({1: lesson})
+    assert abs(right[1] - look(plain, 1, lesson)) <= 1
+    torch.testing.assert_close(heads.folded(1), plain.folded(1), rtol=1e-4, atol=1e-4)
     results = heads.parts(1, cell).tensors(), plain.parts(1, cell).tensors()
     for got, same, exact in zip(*results, expected, strict=True):
         allowed = 2 * (same - exact).abs().max() + 2e-6
@@ -280,8 +284,8 @@ def test_rates_are_those_of_the_paper() -> None:
         ({"ratio": 0.0}, "ratio is 0.0"),
         ({"scale": -1.0}, "scale is -1.0"),
         ({"auxiliary_shots": -1}, "auxiliary_shots is -1"),
-        ({"modalities": ("image", "image")}, "must be different names"),
-        ({"modalities": ()}, "must be different names"),
+        ({"modalities": ("image", "image")}, "must be 1 to 16 different names"),
+        ({"modalities": ()}, "must be 1 to 16 different names"),
         ({"modalities": ("image",), "init": "text"}, "init is text"),
     ],
 )

@@ -12,6 +12,9 @@ import numpy as np
 
 from uml_fast.config import require
 
+_MOST = 16
+"""Modalities of a cell that the kernels have room for."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
@@ -51,8 +54,8 @@ class Cell:
     def __post_init__(self) -> None:
         names = self.modalities
         require(
-            len(names) > 0 and len(set(names)) == len(names) and "random" not in names,
-            f"modalities are {names}; they must be different names, the target first",
+            0 < len(names) <= _MOST and len(set(names)) == len(names) and "random" not in names,
+            f"modalities are {names}; they must be 1 to {_MOST} different names, the target first",
         )
         require(0 < self.lr < math.inf, f"lr is {self.lr}; it must be positive and finite")
         require(

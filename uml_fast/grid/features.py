@@ -183,6 +183,8 @@ def sample_order(
     of the next, so that every sample comes once an epoch whatever the batch.
     """
     first, last, n = begin * batch, end * batch, len(chosen)
+    if first == last:
+        return np.empty((0, batch), np.int32)
     epochs = range(first // n, -(-last // n))
     order = np.concatenate([_epoch(seed, modality, e, n) for e in epochs])
     at = first - epochs[0] * n

@@ -64,6 +64,8 @@ class Lesson:
     """float32 (steps,) learning rates."""
     orders: tuple[np.ndarray, ...]
     """int32 (steps, batch) training samples of each of the cell's modalities."""
+    held_out: np.ndarray
+    """int32 validation samples that are looked at after the steps."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,8 +97,13 @@ class Heads:
         self.data = data
         self.classes = data.classes
         cells = list(cells)
-        self.banks = {name: Bank.of(data.train[name]) for c in cells for name in c.modalities}
+        self.banks = {
+            name: Bank.of(data.train[name])
+            for name in {m: None for c in cells for m in c.modalities}
+        }
+        self.validation = Bank.of(data.validation)
         self._state = torch.zeros(slots, 3, max(self._floats(c) for c in cells))
+        self._folded = torch.zeros(slots, self.validation.width, padded(self.classes))
 
     def _floats(self, cell: Cell) -> int:
         width = self.banks[cell.modalities[-1]].width
@@ -143,48 +150,46 @@ class Heads:
             first = class_directions(self.data, cell).T
         parts.head[:width, : self.classes] = first
 
-    def folded(self, slot: int, cell: Cell) -> Tensor:
-        """(D, C) the one matrix that a cell is for a sample of the target."""
-        parts = self.parts(slot, cell)
-        projection = parts.projections[0]
-        whole = parts.head if projection is None else projection @ parts.head
-        width = self.data.train[self.data.target].width
-        return whole[:width, : self.classes] * parts.scales[0]
+    def folded(self, slot: int) -> Tensor:
+        """View of (D, C) the one matrix that a cell is for a sample of the target, as it was after
+        its last lesson."""
+        return self._folded[slot, : self.data.train[self.data.target].width, : self.classes]
 
-    def train(self, lessons: Mapping[int, Lesson]) -> None:
-        """The next steps of the cells in some slots."""
+    def train(self, lessons: Mapping[int, Lesson]) -> dict[int, int]:
+        """The next steps of the cells in some slots; how many held-out samples each gets right."""
         native = library()
-        by_kind: dict[tuple[str, ...], dict[int, Lesson]] = {}
-        for slot, lesson in lessons.items():
-            if native is not None and _is_native(lesson.cell):
-                by_kind.setdefault(lesson.cell.modalities, {})[slot] = lesson
-            else:
-                from uml_fast.grid.reference import train_cell
+        if native is None:
+            from uml_fast.grid.reference import look, train_cell
 
+            for slot, lesson in lessons.items():
                 train_cell(self, slot, lesson)
-        for modalities, some in by_kind.items():
-            target, text = self.banks[modalities[0]], self.banks[modalities[-1]]
-            native.train_heads(
-                torch.get_num_threads(),
-                target.rows.data_ptr(), target.labels.data_ptr(), target.width,
-                text.rows.data_ptr(), text.labels.data_ptr(), text.width, self.classes,
-                [
+            return {slot: look(self, slot, lesson) for slot, lesson in lessons.items()}
+        sources = {
+            name: (bank.rows.data_ptr(), bank.labels.data_ptr(), bank.width)
+            for name, bank in {**self.banks, "": self.validation}.items()
+        }
+        right = native.train_heads(
+            torch.get_num_threads(), sources[""], self.classes,
+            [
+                (
                     (
                         *(self._state[slot, kind].data_ptr() for kind in range(3)),
-                        x.orders[0].ctypes.data,
-                        x.orders[1].ctypes.data if len(x.orders) > 1 else 0,
-                        x.rates.ctypes.data, x.begin, len(x.rates), x.cell.batch, x.cell.alpha,
-                        x.cell.weight_decay, x.cell.is_projected(modalities[0]),
-                        x.cell.learn_scale,
-                    )
-                    for slot, x in some.items()
-                ],
-            )  # fmt: skip
-
-
-def _is_native(cell: Cell) -> bool:
-    """Whether the kernels know a cell: one or two modalities with batches of one size."""
-    return len(cell.modalities) <= 2 and cell.batch_of(cell.modalities[-1]) == cell.batch
+                        x.rates.ctypes.data, x.begin, len(x.rates), x.cell.weight_decay,
+                        x.cell.learn_scale, self._folded[slot].data_ptr(),
+                        x.held_out.ctypes.data, len(x.held_out),
+                    ),
+                    [
+                        (
+                            sources[m], order.ctypes.data, x.cell.batch_of(m),
+                            x.cell.weight_of(m), x.cell.is_projected(m),
+                        )
+                        for m, order in zip(x.cell.modalities, x.orders, strict=True)
+                    ],
+                )
+                for slot, x in lessons.items()
+            ],
+        )  # fmt: skip
+        return dict(zip(lessons, right, strict=True))
 
 
 def class_directions(data: HeadData, cell: Cell) -> Tensor:

@@ -42,3 +42,16 @@ def train_cell(heads: Heads, slot: int, lesson: Lesson) -> None:
             loss = loss + cell.weight_of(modality) * F.cross_entropy(logits, labels)
         loss.backward()
         optimizer.step()
+
+
+def look(heads: Heads, slot: int, lesson: Lesson) -> int:
+    """Fold the target's path into one matrix; how many held-out samples it gets right."""
+    parts = heads.parts(slot, lesson.cell)
+    projection = parts.projections[0]
+    whole = parts.head if projection is None else projection @ parts.head
+    folded = heads.folded(slot)
+    folded.copy_((whole * parts.scales[0])[: folded.shape[0], : folded.shape[1]])
+    held_out = torch.from_numpy(lesson.held_out)
+    validation = heads.data.validation
+    guesses = (validation.rows[held_out] @ folded).argmax(1)
+    return int((guesses == validation.labels[held_out]).sum())

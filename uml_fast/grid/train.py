@@ -50,7 +50,8 @@ class _Progress:
     number: int
     cell: Cell
     chosen: tuple[np.ndarray, ...]
-    held_out: Tensor
+    held_out: np.ndarray
+    looks: int = 0
     done: int = 0
     best: float = -1.0
     best_step: int = 0
@@ -95,35 +96,43 @@ def train_grid(
             number, cell = waiting.pop()
             heads.start(slot, cell)
             held[slot] = _begin(data, number, cell)
-        for slot, progress in list(held.items()):
-            if _look(data, heads, slot, progress, schedule):
+        lessons = {slot: _lesson(progress, schedule) for slot, progress in held.items()}
+        for slot, right in heads.train(lessons).items():
+            progress = held[slot]
+            if _ends(progress, right, heads.folded(slot), schedule):
                 result = _result(data, progress, keep_weights)
                 results[progress.number] = result
                 del held[slot]
                 free.append(slot)
                 if on_result is not None:
                     on_result(progress.number, result)
-        _advance(heads, held, schedule)
     return [results[i] for i in range(len(cells))]
 
 
 def _begin(data: HeadData, number: int, cell: Cell) -> _Progress:
     shots = min(_MOST_SHOTS, cell.shots)
     held_out = few_shot(data.validation.labels, shots, cell.seed, "validation")
-    return _Progress(number, cell, chosen_samples(data, cell), torch.from_numpy(held_out))
+    return _Progress(number, cell, chosen_samples(data, cell), held_out)
 
 
-def _look(
-    data: HeadData, heads: Heads, slot: int, progress: _Progress, schedule: HeadSchedule
-) -> bool:
-    """Compare with the validation samples; whether the cell ends here."""
-    weight = heads.folded(slot, progress.cell)
-    rows = data.validation.rows[progress.held_out]
-    labels = data.validation.labels[progress.held_out]
-    accuracy = float(((rows @ weight).argmax(1) == labels).float().mean())
+def _lesson(progress: _Progress, schedule: HeadSchedule) -> Lesson:
+    """The steps until the next look; none before the first one."""
+    steps = schedule.eval_every if progress.looks else 0
+    end = min(progress.done + steps, schedule.steps)
+    lesson = next_lesson(
+        progress.cell, progress.chosen, progress.held_out, progress.done, end, schedule
+    )
+    progress.done = end
+    return lesson
+
+
+def _ends(progress: _Progress, right: int, folded: Tensor, schedule: HeadSchedule) -> bool:
+    """Compare a look with the best one; whether the cell ends here."""
+    progress.looks += 1
+    accuracy = right / len(progress.held_out)
     if accuracy > progress.best:
         progress.best, progress.best_step, progress.failures = accuracy, progress.done, 0
-        progress.weight = weight
+        progress.weight = folded.clone()
     else:
         progress.failures += 1
     return progress.done >= schedule.steps or progress.failures >= schedule.patience
@@ -145,21 +154,12 @@ def chosen_samples(data: HeadData, cell: Cell) -> tuple[np.ndarray, ...]:
 
 
 def next_lesson(
-    cell: Cell, chosen: tuple[np.ndarray, ...], begin: int, end: int, schedule: HeadSchedule
-) -> Lesson:
+    cell: Cell, chosen: tuple[np.ndarray, ...], held_out: np.ndarray, begin: int, end: int,
+    schedule: HeadSchedule,
+) -> Lesson:  # fmt: skip
     """Steps [begin, end) of a cell on the samples ``chosen`` of each modality."""
     orders = tuple(
         sample_order(some, cell.seed, modality, cell.batch_of(modality), begin, end)
         for modality, some in zip(cell.modalities, chosen, strict=True)
     )
-    return Lesson(cell, begin, schedule.rates(cell.lr, begin, end), orders)
-
-
-def _advance(heads: Heads, held: dict[int, _Progress], schedule: HeadSchedule) -> None:
-    """The steps of every cell in training until its next look."""
-    lessons = {}
-    for slot, p in held.items():
-        end = min(p.done + schedule.eval_every, schedule.steps)
-        lessons[slot] = next_lesson(p.cell, p.chosen, p.done, end, schedule)
-        p.done = end
-    heads.train(lessons)
+    return Lesson(cell, begin, schedule.rates(cell.lr, begin, end), orders, held_out)
