@@ -29,7 +29,10 @@ from uml_fast.encoders import image, text
 from uml_fast.encoders.audio import AudioEncoder
 from uml_fast.encoders.extraction import Encoder, Sentences, Stored, extract
 from uml_fast.encoders.networks import freeze
+from uml_fast.encoders.patches import PatchEncoder
 from uml_fast.encoders.plain import PlainEncoder
+from uml_fast.encoders.sentences import SentenceEncoder
+from uml_fast.encoders.sounds import SoundEncoder
 from uml_fast.evaluate import finished_trials, load_model
 from uml_fast.measure import embed, pack_source
 from uml_fast.progress import StatusLine
@@ -40,6 +43,7 @@ _DESCRIPTION = """Extract the features of frozen encoders once, for heads that a
   python -m uml_fast.extract text prompts.json --encoder openlm-research/open_llama_3b_v2 --out feats
   python -m uml_fast.extract text shards/photos --template "a photo of a {}." --encoder gpt2 --out feats
   python -m uml_fast.extract image shards/photos --encoder runs/folders --out feats   a model trained here
+  python -m uml_fast.extract image shards/photos --encoder patches --out feats        learned here, no download
   python -m uml_fast.train vision_text --data.where feats
 
 Writes FOLDER/<modality>-<split>.safetensors. What is there already is not made again; a killed run
@@ -89,6 +93,17 @@ class ExtractConfig:
         for split in splits_of(self.source) or (None,):
             yield split or "train", ShardSet.open(self.source, split)
 
+    def training(self) -> Stored:
+        """The samples that an encoder may learn from; their labels are not read.
+
+        Raises:
+            DataError: there is no split "train".
+        """
+        found = dict(self.splits())
+        if "train" not in found:
+            raise DataError(f"{self.source} has no split 'train' to learn an encoder from")
+        return found["train"]
+
     def encoder_on(self, device: torch.device, dtype: torch.dtype) -> Encoder:
         """The encoder."""
         raise NotImplementedError
@@ -101,7 +116,8 @@ class Image(ExtractConfig):
     kind: ClassVar[str] = "image"
 
     encoder: str
-    """timm/NAME, a name of the Hugging Face hub, a folder of either, or a run folder."""
+    """timm/NAME, a name of the Hugging Face hub, a folder of either, a run folder; or patches: a
+    dictionary learned from the training images here, without labels."""
     size: int = 224
     """Pixels of the square cut out of the middle, after its shorter side is resized to them."""
     norm: image.Norm = "model"
@@ -113,6 +129,8 @@ class Image(ExtractConfig):
         """See ``ExtractConfig``."""
         if is_run(self.encoder):
             return OwnEncoder(Path(self.encoder), self.kind)
+        if self.encoder == "patches":
+            return PatchEncoder(self.training())
         return image.ImageEncoder(
             self.encoder, device, dtype, size=self.size, norm=self.norm, pool=self.pool
         )
@@ -128,7 +146,8 @@ class Text(ExtractConfig):
     kind: ClassVar[str] = "text"
 
     encoder: str
-    """A name of the Hugging Face hub, a folder of transformers, or a run folder."""
+    """A name of the Hugging Face hub, a folder of transformers, a run folder; or sentences: TF-IDF
+    and singular vectors learned from the training texts here, without labels."""
     pool: text.Pool = "auto"
     """auto: eot for CLIP, cls for encoders, mean of all tokens for decoders."""
     template: tuple[str, ...] = ()
@@ -151,6 +170,8 @@ class Text(ExtractConfig):
         """See ``ExtractConfig``."""
         if is_run(self.encoder):
             return OwnEncoder(Path(self.encoder), self.kind)
+        if self.encoder == "sentences":
+            return SentenceEncoder(self.training())
         return text.TextEncoder(self.encoder, device, dtype, pool=self.pool)
 
 
@@ -161,12 +182,15 @@ class Audio(ExtractConfig):
     kind: ClassVar[str] = "audio"
 
     encoder: str
-    """A name of the Hugging Face hub, a folder of transformers, or a run folder."""
+    """A name of the Hugging Face hub, a folder of transformers, a run folder; or mel: statistics of
+    log-mel bands, nothing learned."""
 
     def encoder_on(self, device: torch.device, dtype: torch.dtype) -> Encoder:
         """See ``ExtractConfig``."""
         if is_run(self.encoder):
             return OwnEncoder(Path(self.encoder), self.kind)
+        if self.encoder == "mel":
+            return SoundEncoder()
         return AudioEncoder(self.encoder, device, dtype)
 
 
