@@ -217,7 +217,7 @@ def test_what_is_left_out_is_said(
     assert main([str(run)]) == 0
     printed = capsys.readouterr().out
     assert "left out: robustness under shift: no shifted set is given" in printed
-    assert "left out: multimodal neurons: no true pairs are given" in printed
+    assert "left out: multimodal neurons: the data have no true pairs" in printed
     assert "95 % interval" in printed
     for name, text in zip(("analysis.json", "report.html"), before, strict=True):
         (run / name).write_text(text)
@@ -287,3 +287,17 @@ def test_what_the_head_reads_gives_its_logits() -> None:
         assert weight is not None
         expected = head(torch.from_numpy(v), "a").detach().numpy()
         np.testing.assert_allclose(rows @ weight.T, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_multibench_has_true_pairs_of_its_own(tmp_path: Path) -> None:
+    from tests.test_multibench import recipe
+
+    assert train(recipe(tmp_path, "mustard")) is not None
+    assert main([str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "analysis.json").read_text())
+    shown = row(found, "strongest unit between vision and text")
+    _, _, task = load_model(tmp_path / "run", "uml", 0)
+    assert shown["note"] == f"largest |r| over {len(task.test)} true pairs"
+    assert 0 < shown["uml_mean"] <= 1
+    assert "multimodal neurons" not in found["skipped"]
+    assert row(found, "CKA of vision and text over true pairs, untrained")["n"] == 1

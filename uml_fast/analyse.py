@@ -110,7 +110,7 @@ def _neurons(found: Findings, o: Observed, places: Mapping[str, str], place: Pat
     pairs = open_pairs(o, places)
     if not pairs:
         found.skipped["multimodal neurons"] = (
-            "no true pairs are given (--pairs AUXILIARY=SHARDS, samples named as their partners)"
+            "the data have no true pairs; give some with --pairs AUXILIARY=SHARDS"
         )
         return
     neuron_findings(found, o, pairs, place)

@@ -133,7 +133,11 @@ def shift_findings(found: Findings, o: Observed, sets: Mapping[str, Outside]) ->
                 train = pack_source(o.task.source(o.config.target), o.device)
                 fitted = embeddings_and_labels(o.model, train)
                 value = linear_probe(
-                    *fitted, rows[known], mapping[labels][known], class_names=o.task.class_names
+                    *fitted,
+                    rows[known],
+                    mapping[labels][known],
+                    preset=o.config.eval.probe_kind,
+                    class_names=o.task.class_names,
                 )
                 found.add("shift_all", value, o.of, name)
                 continue
@@ -147,18 +151,17 @@ def shift_findings(found: Findings, o: Observed, sets: Mapping[str, Outside]) ->
 
 
 def open_pairs(o: Observed, places: Mapping[str, str]) -> dict[str, Pairs]:
-    """True pairs of the target's test samples: from shards, by the samples' names.
+    """True pairs of the target's test samples: those that the data have (MultiBench), and from
+    shards by the samples' names.
 
     Raises:
         DataError: a modality that the run has not, shards that cannot be used, or fewer than three
             samples whose name is also that of a test sample.
     """
-    found = {}
+    tested = [test for _, test in o.task.aligned]
+    found = {s.name: Pairs(o.task.test, s) for s in tested if s.name != o.config.target}
     numbers = {o.task.test.key(i): i for i in range(len(o.task.test))}
     for name, place in places.items():
-        if all(m.name != name for m in o.config.modalities):
-            names = [m.name for m in o.config.modalities]
-            raise DataError(f"--pairs {name}={place}: the run has the modalities {names}")
         partner = open_outside(place, o.config.modality(name)).source
         both = [(numbers[k], j) for j in range(len(partner)) if (k := partner.key(j)) in numbers]
         if len(both) < 3:
@@ -187,8 +190,9 @@ def neuron_findings(found: Findings, o: Observed, pairs: Mapping[str, Pairs], pl
             found.add("neurons", len(after.multimodal(before.strongest)), o.of, what)
             found.notes["neuron", what, ""] = f"largest |r| over {after.pairs} true pairs"
             found.notes["neurons", what, ""] = f"of {len(after.overall)}"
-            rows = [o.embedded(s) for s in (both.target, both.partner)]
-            found.add("cka", linear_cka(*rows), o.of, f"{what} over true pairs")
+            for model, which in ((o.model, ""), (untrained, ", untrained")):
+                rows = [o.embedded(s, model) for s in (both.target, both.partner)]
+                found.add("cka", linear_cka(*rows), o.of, f"{what} over true pairs{which}")
             if not any(c["kind"] == "neurons" and c["what"] == what for c in found.charts):
                 found.charts.append(_neuron_chart(o, what, after, before))
                 found.charts += _tracked(o, what, both, before, place)

@@ -65,6 +65,22 @@ class ExchangeRate:
     """Why the rate should not be quoted; empty where nothing speaks against it."""
     seeds: int
 
+    def sentence(self) -> str:
+        """What the fit says, in words."""
+        if self.texts_per_image is None:
+            return "texts change nothing, so that an image has no price in them"
+        unit = "texts" if self.words_per_image is None else "words"
+        value = self.texts_per_image if self.words_per_image is None else self.words_per_image
+        ends = self.ci95 if self.words_per_image is None else self.words_ci95
+        interval = "no bounded interval" if ends is None else (
+            f"95 % interval {ends[0]:,.3g} to {ends[1]:,.3g}"
+        )  # fmt: skip
+        return (
+            f"an image is worth {value:,.3g} {unit} ({interval}, {self.seeds} "
+            f"seed{'s' if self.seeds != 1 else ''}; the plane explains "
+            f"{100 * self.r_squared:.0f} % of the variance)"
+        )
+
 
 def exchange_rate(points: Sequence[Point], words_per_text: float | None = None) -> ExchangeRate:
     """Fit the plane by least squares.
