@@ -16,7 +16,8 @@ from uml_fast import train
 from uml_fast.config import ConfigError, MixConfig, ObjectiveConfig, OptimConfig, RunConfig
 from uml_fast.data.loader import layouts_of
 from uml_fast.model.head import SharedHead
-from uml_fast.model.transformer import TransformerConfig, multibench, sinusoids, vit
+from uml_fast.model.positions import sinusoids
+from uml_fast.model.transformer import TransformerConfig, multibench, vit
 from uml_fast.model.uml import Uml
 from uml_fast.objective import losses, total
 from uml_fast.optim import build_optimizer, learning_rate
@@ -31,8 +32,18 @@ BACKBONES = [
     ),
     TransformerConfig(width=16, layers=0, heads=2, feed_forward=32, positions="learned"),
     TransformerConfig(width=16, layers=1, heads=2, feed_forward=32, activation="swiglu"),
+    TransformerConfig(
+        width=16, layers=2, heads=4, key_heads=2, feed_forward=32, activation="swiglu", bias=False,
+        norm_kind="rms", positions="rotary", pooling="last", causal=True,
+    ),
+    TransformerConfig(
+        width=16, layers=2, heads=2, feed_forward=32, activation="quick_gelu", input_norm=True,
+        layer_scale=0.1, pooling="first",
+    ),
 ]  # fmt: skip
-KINDS = pytest.mark.parametrize("backbone", BACKBONES, ids=["pre", "post", "none", "gated"])
+KINDS = pytest.mark.parametrize(
+    "backbone", BACKBONES, ids=["pre", "post", "none", "gated", "Llama", "CLIP and DINOv2"]
+)
 
 
 def batch_of(config: RunConfig, counts: dict[str, int], seed: int = 0) -> PackedBatch:

@@ -54,7 +54,7 @@ def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task
             f"{place} holds no checkpoint; trials there are: {finished_trials(folder)}"
         )
     task = config.load(seed, mode)
-    model = build_model(config, task, seed)
+    model = build_model(config, task, seed, pretrained=False)
     load_weights(model, saved)
     return model.to(resolve_device(config.device)).eval(), config, task
 

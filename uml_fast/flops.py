@@ -25,7 +25,7 @@ def linear_flops(rows: int, inputs: int, outputs: int) -> int:
 
 def transformer_flops(
     width: int, layers: int, ffn: int, lengths: Sequence[int] | np.ndarray, *, causal: bool = False,
-    gated: bool = False,
+    gated: bool = False, key_width: int | None = None,
 ) -> int:  # fmt: skip
     """Forward operations of the shared backbone on segments that attend within themselves.
 
@@ -37,11 +37,13 @@ def transformer_flops(
         lengths: unpadded rows of each segment.
         causal: a row sees itself and the rows before it, else all rows of its segment.
         gated: the feed-forward has a third map, for its gates.
+        key_width: features of the keys, and of the values; None: ``width``.
     """
     n = np.asarray(lengths, np.int64)
     rows = int(n.sum())
     pairs = int((n * (n + 1) // 2).sum()) if causal else int((n * n).sum())
-    maps = linear_flops(rows, width, 4 * width) + (2 + gated) * linear_flops(rows, width, ffn)
+    projected = 2 * width + 2 * (width if key_width is None else key_width)
+    maps = linear_flops(rows, width, projected) + (2 + gated) * linear_flops(rows, width, ffn)
     return layers * (maps + 4 * pairs * width)
 
 

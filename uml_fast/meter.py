@@ -68,9 +68,12 @@ def _network(config: BackboneConfig, network: torch.nn.Module, lengths: np.ndarr
     forward = transformer_flops(
         config.width, config.layers, config.feed_forward, lengths, causal=config.causal,
         gated=config.activation == "swiglu",
+        key_width=config.width // config.heads * config.heads_of_keys,
     )  # fmt: skip
     if config.input_projection:
         forward += linear_flops(int(lengths.sum()), config.width, config.width)
+    if config.embedding:
+        forward += linear_flops(len(lengths), config.width, config.embedding)
     return forward
 
 

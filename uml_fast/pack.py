@@ -128,21 +128,37 @@ class PackedBatch:
             self.position_T[rows], self.segment_T[rows] - slots.start,
         )  # fmt: skip
 
-    def pooled(self, indices: Container[int]) -> PackedBatch:
-        """The pack whose regions ``indices`` have one row for each slot; it has no raw rows."""
+    def reshaped(self, pooled: Container[int] = (), led: Container[int] = ()) -> PackedBatch:
+        """The pack with other rows in some of its regions; it has no raw rows.
+
+        Args:
+            pooled: regions that have one row for each slot.
+            led: regions that have one row more in front of each slot (class token), which then is
+                position 0.
+        """
         regions, offsets, position, segment = [], [], [], []
         start = 0
         for i, region in enumerate(self.layout.regions):
             rows, slots = self.layout.row_slice(i), self.layout.slot_slice(i)
-            if i in indices:
-                count = region.slots
-                regions.append(dataclasses.replace(region, rows=count, max_len=1))
-                own = torch.arange(
-                    count, dtype=self.offsets_S1.dtype, device=self.offsets_S1.device
-                )
+            own = torch.arange(
+                region.slots, dtype=self.offsets_S1.dtype, device=self.offsets_S1.device
+            )
+            if i in pooled:
+                regions.append(dataclasses.replace(region, rows=region.slots, max_len=1))
                 offsets.append(own + start)
                 position.append(torch.zeros_like(own))
                 segment.append(own + slots.start)
+            elif i in led:
+                count, longest = region.rows + region.slots, region.max_len + 1
+                regions.append(dataclasses.replace(region, rows=count, max_len=longest))
+                at_C, first_S = self.alone(i).led_rows()
+                offsets.append(first_S + start)
+                zeros = own.new_zeros(count)
+                position.append(zeros.index_copy(0, at_C, self.position_T[rows] + 1))
+                segment.append(
+                    zeros.index_copy(0, at_C, self.segment_T[rows])
+                    .index_copy(0, first_S.long(), own + slots.start)
+                )  # fmt: skip
             else:
                 regions.append(region)
                 offsets.append(self.offsets_S1[slots] + (start - rows.start))
@@ -154,6 +170,16 @@ class PackedBatch:
             Layout(tuple(regions)), (), torch.cat(offsets), self.modality_S, self.label_S,
             self.sample_S, torch.cat(position), torch.cat(segment),
         )  # fmt: skip
+
+    def led_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of a pack that has one more in front of each slot.
+
+        Returns:
+            int64 (T,) where each row of this pack is there, and int32 (S,) the rows in front.
+        """
+        slots = torch.arange(len(self.modality_S), device=self.offsets_S1.device)
+        rows = torch.arange(len(self.segment_T), device=self.offsets_S1.device)
+        return rows + self.segment_T + 1, self.offsets_S1[:-1] + slots.int()
 
     def region(self, index: int) -> RegionRows:
         """The rows of region ``index``, as its stem and its loss see them."""

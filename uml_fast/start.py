@@ -16,6 +16,7 @@ from uml_fast.data.source import DataError, Samples, Task, in_memory
 from uml_fast.device import resolve_device, resolve_dtype
 from uml_fast.layout import make_rules
 from uml_fast.measure import init_head
+from uml_fast.model.interop.initialise import init_from_checkpoints
 from uml_fast.model.uml import Uml
 from uml_fast.pack import Layout
 
@@ -74,7 +75,7 @@ def plan_mix(
     target data per step (under ``alternate``: on average).
     """
     shares = shares_of(config)
-    if mode != "unimodal":
+    if mode == "uml":
         mix = config.mix
         if config.compat == "release":
             mix = dataclasses.replace(mix, warmup_epochs=release_warmup_epochs(mix))
@@ -90,8 +91,11 @@ def plan_mix(
     return alone, layouts_of(task.train, alone)
 
 
-def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
+def build_model(config: RunConfig, task: Task, seed: int, pretrained: bool = True) -> Uml:
     """One trial's model on the CPU: weights drawn from ``seed``, statistics of the training data.
+
+    ``pretrained`` False: checkpoints named by ``init_from`` are not read, where the caller loads
+    all weights.
 
     Raises:
         ConfigError: the data's modalities, row sizes or lengths do not fit the configuration's.
@@ -116,6 +120,8 @@ def build_model(config: RunConfig, task: Task, seed: int) -> Uml:
         config.backbone.check(source.name, 1 if own.pooled else longest)
         known = in_memory(source, _FIT_SAMPLES)
         modality.fit(known.rows, known.offsets)
+    if pretrained:
+        init_from_checkpoints(model, config)
     if config.objective.kind == "classification":
         check_labels(config, task)
     if config.objective.init_head_from is not None:

@@ -24,7 +24,9 @@ serves the backward pass too, and gradients come back in the masters' dtype.
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+import logging
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,10 +41,29 @@ from uml_fast.kernels.spec import KernelSpec, Pair, Shape
 
 NAME = "feed_forward"
 
-Activation = Literal["relu", "gelu", "swiglu"]
-"""gelu in its exact form; swiglu is gated, its up weight has twice the rows."""
+Activation = Literal["relu", "gelu", "swiglu", "gelu_tanh", "quick_gelu"]
+"""gelu in its exact form; swiglu is gated, its up weight has twice the rows; gelu_tanh (GPT-2) and
+quick_gelu ``x sigmoid(1.702 x)`` (CLIP) are approximations of gelu, and run as plain torch."""
 
-ACTIVATIONS: tuple[Activation, ...] = ("relu", "gelu", "swiglu")
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+FUSED = ("relu", "gelu", "swiglu")
+"""Activations that the kernels have."""
+
+_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+_LOG = logging.getLogger("uml_fast")
+
+
+@functools.cache
+def _say_unfused(activation: str) -> None:
+    """Say once that an activation has no kernel."""
+    _LOG.info("%s: %s has no kernel; the block runs as plain torch", NAME, activation)
 
 
 def up_width(hidden: int, activation: str) -> int:
@@ -61,7 +82,7 @@ def feed_forward_reference(
         gate, value = up.chunk(2, 1)
         hidden = F.silu(gate) * value
     else:
-        hidden = F.relu(up) if activation == "relu" else F.gelu(up)
+        hidden = _ELEMENTWISE[activation](up)
     if rng_key is not None and dropout_p > 0:
         hidden = dropout_reference(hidden, dropout_p, rng_key, site)
     return F.linear(hidden, weight_down.to(dtype), bias_down.to(dtype))
@@ -177,7 +198,7 @@ def feed_forward(
         weight_up, bias_up: (N, K) and (N,), for swiglu (2 N, K) and (2 N,): the gates, then the
             values. Contiguous, any floating dtype.
         weight_down, bias_down: (K', N) and (K',), contiguous, any floating dtype.
-        activation: relu, gelu in its exact form, or swiglu.
+        activation: one of ``Activation``.
         dropout_p: probability of dropping an element of the hidden tensor, with ``rng_key`` int64
             (1,) and ``site``.
         backend: for tests.
@@ -206,7 +227,13 @@ def feed_forward(
     check_shape(NAME, "bias_down", bias_down, (weight_down.shape[0],))
     options = (activation, dropout_p, rng_key, site)
     is_compiling = torch.compiler.is_compiling()
-    if not is_compiling and (choice := choose(NAME, backend, input)) == "reference":
+    if activation not in FUSED:
+        if not is_compiling:
+            _say_unfused(activation)
+        backend = "reference"
+    if backend == "reference" or (
+        not is_compiling and (choice := choose(NAME, backend, input)) == "reference"
+    ):
         return feed_forward_reference(
             input, weight_up, bias_up, weight_down, bias_down, activation=activation,
             dropout_p=dropout_p, rng_key=rng_key, site=site,

@@ -55,6 +55,8 @@ class Modality(nn.Module):
         self.stem: nn.Module = Linear(features, width)
         self.position = nn.Parameter(torch.randn(positions, width) * 0.02) if positions else None
         self.decoder = Linear(output_width, features) if decode else None
+        self.class_token: nn.Parameter | None = None
+        """(D,) a row in front of each sample's tokens, where the modality has one."""
 
     def fit(self, rows: np.ndarray, offsets: np.ndarray) -> None:
         """Set normalisation statistics from the raw rows of the training samples."""

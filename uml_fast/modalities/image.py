@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from uml_fast.config import ModalityConfig, require
 from uml_fast.kernels.image_stem import image_stem
@@ -32,6 +32,8 @@ class ImageConfig(ModalityConfig):
     """Patch height in pixels."""
     patch_width: int = 16
     """Patch width in pixels."""
+    class_token: bool = False
+    """A learned row in front of each image's patches, for networks that pool the first row."""
 
     def __post_init__(self) -> None:
         ModalityConfig.__post_init__(self)
@@ -52,6 +54,11 @@ class ImageConfig(ModalityConfig):
 
     def build(self, width: int, output_width: int, decode: bool) -> Image:
         """The stem and decoder for a backbone of this width."""
+        require(
+            not (decode and self.class_token),
+            f"{self.name}.class_token: a class token has no features that next_embedding could "
+            "predict; leave it off",
+        )
         return Image(self, width, output_width, decode)
 
 
@@ -87,7 +94,7 @@ def from_patches(rows: np.ndarray, config: ImageConfig) -> np.ndarray:
 class Image(Modality):
     """``tokens = Linear((pixels / 255 - mean) / deviation) + position``.
 
-    mean and deviation are per channel.
+    mean and deviation are per channel. The class token has no position of its own.
     """
 
     row_dtype = "uint8"
@@ -104,6 +111,8 @@ class Image(Modality):
         self.row_elems = elems
         self.register_buffer("mean", torch.full((config.channels,), 0.5))
         self.register_buffer("deviation", torch.full((config.channels,), 0.25))
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.randn(width) * 0.02)
 
     def fit(self, rows: np.ndarray, offsets: np.ndarray) -> None:
         pixels = rows.reshape(-1, self.config.channels).astype(np.float64) / 255

@@ -23,14 +23,14 @@ class TextConfig(ModalityConfig):
     vocabulary: int
     """Number of token ids."""
     positions: int = 512
-    """Entries of the learned position table: the longest text in tokens."""
+    """Entries of the learned position table: the longest text in tokens. 0: no table."""
 
     def __post_init__(self) -> None:
         ModalityConfig.__post_init__(self)
         require(
             self.vocabulary >= 2, f"{self.name}.vocabulary is {self.vocabulary}; it must be >= 2"
         )
-        require(self.positions >= 1, f"{self.name}.positions is {self.positions}; it must be >= 1")
+        require(self.positions >= 0, f"{self.name}.positions must not be negative")
 
     def build(self, width: int, output_width: int, decode: bool) -> Text:
         """The stem and decoder for a backbone of this width."""
@@ -69,10 +69,10 @@ class Text(Modality):
         self, region: RegionRows, features: Tensor | None, dtype: torch.dtype, out: Tensor | None
     ) -> Tensor:
         assert isinstance(self.stem, nn.Embedding)
+        index = region.position_C if self.position is not None else None
         return text_stem(
-            region.raw[:, 0], self.stem.weight, self.position, region.position_C, dtype=dtype,
-            out=out,
-        )  # fmt: skip
+            region.raw[:, 0], self.stem.weight, self.position, index, dtype=dtype, out=out
+        )
 
     def prediction_loss(self, hidden_CD: Tensor, features: Tensor, region: RegionRows) -> Tensor:
         """Cross-entropy of the next id, over rows that have one (paper 1.1)."""

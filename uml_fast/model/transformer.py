@@ -7,20 +7,19 @@ the tokens that enter; the residual stream is fp32 under pre-norm and in that dt
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from uml_fast.config import BackboneConfig, require
-from uml_fast.kernels.add_layer_norm import add_layer_norm
-from uml_fast.kernels.feed_forward import Activation, feed_forward, up_width
-from uml_fast.kernels.segment_attention import packed_segment_attention
+from uml_fast.kernels.feed_forward import Activation
 from uml_fast.kernels.segment_mean import segment_mean
 from uml_fast.modalities.base import Linear
 from uml_fast.model.backbone import Backbone
+from uml_fast.model.blocks import Block, Dropout, add_norm_sum, build_norm, norm_rows
+from uml_fast.model.positions import rotations, sinusoids
 from uml_fast.pack import PackedBatch
 
 
@@ -37,17 +36,38 @@ class TransformerConfig(BackboneConfig):
     activation: Activation = "gelu"
     """Activation of the feed-forward network; swiglu is gated: half as many weights again."""
     norm: Literal["pre", "post"] = "pre"
-    """Place of the layer norm; pre-norm has one more behind the last block."""
+    """Place of the norm; pre-norm has one more behind the last block."""
+    norm_kind: Literal["layer", "rms"] = "layer"
+    """Layer norm, or RMS norm, which takes off no mean and has no bias."""
+    eps: float = 1e-5
+    """Added to the variance (or the mean square) in the norms."""
+    input_norm: bool = False
+    """A norm of the tokens in front of the blocks (BERT's embeddings, CLIP's images)."""
+    key_heads: int = 0
+    """Heads of keys and values, which divide ``heads``; each serves several queries. 0: all."""
+    bias: bool = True
+    """Whether the linear maps of the blocks have biases."""
+    layer_scale: float = 0.0
+    """First value of the learned factors of each branch's features (DINOv2); 0: no factors."""
     dropout: float = 0.0
     """Probability of dropout on attention weights, the hidden layer and both residual branches."""
     causal: bool = False
     """Rows attend to earlier rows of their segment only."""
     input_projection: bool = False
     """A bias-free linear map before the blocks, for all modalities (paper: 1x1 convolution)."""
-    positions: Literal["none", "learned", "sinusoid"] = "none"
-    """Positions shared by all modalities, added in front of the blocks (besides the stems' own)."""
+    positions: Literal["none", "learned", "sinusoid", "rotary"] = "none"
+    """Positions shared by all modalities, added in front of the blocks (besides the stems' own);
+    rotary: queries and keys are rotated."""
     max_positions: int = 128
-    """Entries of the shared position table."""
+    """Entries of the shared position table, learned or sinusoid."""
+    rotary_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    pooling: Literal["mean", "first", "last"] = "mean"
+    """The embedding of a sample: the mean of its rows, the first (class token) or the last."""
+    embedding: int = 0
+    """Width of a bias-free linear map behind the pooling (CLIP's projection); 0: none."""
+    init_from: str | None = None
+    """Checkpoint the weights start from: a local folder, or a name on the Hugging Face hub."""
 
     def __post_init__(self) -> None:
         require(self.layers >= 0, f"backbone.layers is {self.layers}; it must be >= 0")
@@ -55,11 +75,26 @@ class TransformerConfig(BackboneConfig):
             self.heads >= 1 and self.width % self.heads == 0,
             f"backbone.width {self.width} is not a multiple of backbone.heads {self.heads}",
         )
+        require(
+            self.key_heads >= 0 and self.heads % (self.key_heads or 1) == 0,
+            f"backbone.heads {self.heads} is not a multiple of backbone.key_heads {self.key_heads}",
+        )
         require(0 <= self.dropout < 1, f"backbone.dropout is {self.dropout}; it must be in [0, 1)")
+        require(self.eps > 0, f"backbone.eps is {self.eps}; it must be positive")
+        require(self.embedding >= 0, "backbone.embedding must not be negative")
+        require(
+            self.positions != "rotary" or self.width // self.heads % 2 == 0,
+            f"rotary positions need heads of even width; it is {self.width // self.heads}",
+        )
+
+    @property
+    def heads_of_keys(self) -> int:
+        """Heads of keys and values."""
+        return self.key_heads or self.heads
 
     def check(self, modality: str, longest: int) -> None:
         require(
-            self.positions == "none" or longest <= self.max_positions,
+            self.positions in ("none", "rotary") or longest <= self.max_positions,
             f"{modality}: the longest sample has {longest} rows, backbone.max_positions is "
             f"{self.max_positions}; raise it or cut the samples",
         )
@@ -88,141 +123,63 @@ def vit(size: Literal["ti", "s", "b", "l"]) -> TransformerConfig:
     return TransformerConfig(width=width, layers=layers, heads=heads, feed_forward=4 * width)
 
 
-class Dropout(NamedTuple):
-    """Dropout of one step: its probability and the key its masks are drawn from."""
-
-    p: float
-    rng_key: Tensor | None
-
-
-class Block(nn.Module):
-    """Attention and feed-forward with residuals; ``site`` numbers its places of dropout."""
-
-    def __init__(self, config: TransformerConfig, site: int) -> None:
-        super().__init__()
-        d = config.width
-        self.config = config
-        self.site = site
-        self.qkv = Linear(d, 3 * d)
-        self.out = Linear(d, d)
-        self.up = Linear(d, up_width(config.feed_forward, config.activation))
-        self.down = Linear(config.feed_forward, d)
-        self.norm1 = nn.LayerNorm(d)
-        self.norm2 = nn.LayerNorm(d)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.out.bias)
-        if config.norm == "post":
-            nn.init.xavier_uniform_(self.qkv.weight)
-        else:
-            for layer in (self.qkv, self.out, self.up, self.down):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
-                nn.init.zeros_(layer.bias)
-
-    def forward(
-        self, x_TD: Tensor, residual_TD: Tensor | None, batch: PackedBatch, dropout: Dropout
-    ) -> tuple[Tensor, Tensor | None]:
-        """One block on (T, D); a unit of its own for FSDP: it reads no other block's weights.
-
-        post-norm: x = norm1(x + attend(x)); x = norm2(x + transform(x)), and no residual.
-        pre-norm: ``x_TD`` is the branch that was not added yet to ``residual_TD`` fp32, as each sum
-        is fused with the norm that follows it; the tokens themselves where there is no residual.
-        """
-        if self.config.norm == "post":
-            x = _add_norm(
-                self.attend(x_TD, batch, dropout), x_TD, self.norm1, dropout, self.site + 2
-            )
-            return _add_norm(
-                self.transform(x, dropout), x, self.norm2, dropout, self.site + 3
-            ), None
-        if residual_TD is None:
-            norm, residual = self.norm1, x_TD.float()
-            x = nn.functional.layer_norm(
-                residual, norm.normalized_shape, norm.weight, norm.bias, norm.eps
-            ).to(x_TD.dtype)
-        else:
-            x, residual = _add_norm_sum(x_TD, residual_TD, self.norm1, dropout, self.site - 1)
-        x, residual = _add_norm_sum(
-            self.attend(x, batch, dropout), residual, self.norm2, dropout, self.site + 2
-        )
-        return self.transform(x, dropout), residual
-
-    def attend(self, x_TD: Tensor, batch: PackedBatch, dropout: Dropout) -> Tensor:
-        """Self-attention inside each segment, (T, D) -> (T, D)."""
-        mixed = packed_segment_attention(
-            self.qkv(x_TD).view(len(x_TD), 3, self.config.heads, -1),
-            batch.offsets_S1, batch.max_len, is_causal=self.config.causal,
-            dropout_p=dropout.p, rng_key=dropout.rng_key, site=self.site,
-        )  # fmt: skip
-        return self.out(mixed.flatten(1))
-
-    def transform(self, x_TD: Tensor, dropout: Dropout) -> Tensor:
-        """Feed-forward network, (T, D) -> (T, D)."""
-        return feed_forward(
-            x_TD, self.up.weight, self.up.bias, self.down.weight, self.down.bias,
-            activation=self.config.activation,
-            dropout_p=dropout.p, rng_key=dropout.rng_key, site=self.site + 1,
-        )  # fmt: skip
-
-
 class Transformer(Backbone):
     """The stack of blocks; decoders read its output, and it is pooled into embeddings."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.output_width = self.embedding_width = config.width
+        self.output_width = config.width
+        self.embedding_width = config.embedding or config.width
         self.input_projection = (
             Linear(config.width, config.width, bias=False) if config.input_projection else None
         )
+        self.input_norm = build_norm(config) if config.input_norm else None
         self.blocks = nn.ModuleList(Block(config, site=4 * i) for i in range(config.layers))
-        self.final_norm = (
-            nn.LayerNorm(config.width) if config.norm == "pre" and config.layers else None
-        )
+        self.final_norm = build_norm(config) if config.norm == "pre" and config.layers else None
         if config.positions == "learned":
             self.position = nn.Parameter(torch.randn(config.max_positions, config.width))
         elif config.positions == "sinusoid":
             self.register_buffer(
                 "position", sinusoids(config.max_positions, config.width), persistent=False
             )
+        self.embedding = (
+            Linear(config.width, config.embedding, bias=False) if config.embedding else None
+        )
 
     def forward(
         self, tokens_TD: Tensor, batch: PackedBatch, rng_key: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Hidden rows (T, D), and their mean (S, D) over each segment."""
+        """Hidden rows (T, D), and one embedding (S, E) for each segment."""
+        config = self.config
         x = tokens_TD if self.input_projection is None else self.input_projection(tokens_TD)
-        if self.config.positions != "none":
-            x = x + self.position[
-                batch.position_T.long().clamp(max=self.config.max_positions - 1)
-            ].to(x.dtype)
-        dropout = Dropout(0.0 if rng_key is None else self.config.dropout, rng_key)
+        rotation = None
+        if config.positions == "rotary":
+            rotation = rotations(batch.position_T, config.width // config.heads, config.rotary_base)
+        elif config.positions != "none":
+            x = x + self.position[batch.position_T.long().clamp(max=config.max_positions - 1)].to(
+                x.dtype
+            )
+        if self.input_norm is not None:
+            x = norm_rows(x.float(), self.input_norm).to(x.dtype)
+        dropout = Dropout(0.0 if rng_key is None else config.dropout, rng_key)
         residual: Tensor | None = None
         for block in self.blocks:
-            x, residual = block(x, residual, batch, dropout)
+            x, residual = block(x, residual, batch, dropout, rotation)
         if self.final_norm is not None:
             assert residual is not None
             site = 4 * len(self.blocks) - 1
-            x, _ = _add_norm_sum(x, residual, self.final_norm, dropout, site)
-        return x, segment_mean(x, batch.offsets_S1)
+            x, _ = add_norm_sum(x, residual, self.final_norm, dropout, site)
+        pooled = pool(x, batch.offsets_S1, config.pooling)
+        return x, pooled if self.embedding is None else self.embedding(pooled)
 
 
-def _add_norm(branch: Tensor, x: Tensor, norm: nn.LayerNorm, dropout: Dropout, site: int) -> Tensor:
-    return add_layer_norm(
-        branch, x, norm.weight, norm.bias, norm.eps,
-        dropout_p=dropout.p, rng_key=dropout.rng_key, site=site,
-    )  # fmt: skip
-
-
-def _add_norm_sum(
-    branch: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout: Dropout, site: int
-) -> tuple[Tensor, Tensor]:
-    return add_layer_norm(
-        branch, residual, norm.weight, norm.bias, norm.eps,
-        dropout_p=dropout.p, rng_key=dropout.rng_key, site=site, return_sum=True,
-    )  # fmt: skip
-
-
-def sinusoids(positions: int, width: int) -> Tensor:
-    """Fixed positions (positions, width): sines in the first half, cosines in the second."""
-    frequency = torch.exp(-torch.arange((width + 1) // 2) * (2 * math.log(10000.0) / width))
-    angle = torch.arange(positions)[:, None] * frequency
-    return torch.cat((angle.sin(), angle.cos()), 1)[:, :width]
+def pool(x_TD: Tensor, offsets_S1: Tensor, pooling: str) -> Tensor:
+    """One row (S, D) for each segment: the mean of its rows, the first or last; zero if empty."""
+    if pooling == "mean":
+        return segment_mean(x_TD, offsets_S1)
+    first_S, end_S = offsets_S1[:-1], offsets_S1[1:]
+    index_S = first_S if pooling == "first" else end_S - 1
+    is_empty_S = first_S == end_S
+    rows_SD = x_TD[index_S.clamp(0, len(x_TD) - 1).long()]
+    return rows_SD.masked_fill(is_empty_S[:, None], 0.0)

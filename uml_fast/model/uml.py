@@ -51,6 +51,14 @@ class _Join(torch.autograd.Function):
         return None, *grad_TD.split(ctx.rows)
 
 
+def _lead(rows_CD: Tensor, batch: PackedBatch, class_token_D: Tensor) -> Tensor:
+    """The rows of a pack of one region, with the class token in front of each slot."""
+    at_C, first_S = batch.led_rows()
+    out = rows_CD.new_empty(len(rows_CD) + len(first_S), rows_CD.shape[1])
+    token = class_token_D.to(rows_CD.dtype).expand(len(first_S), -1)
+    return out.index_copy(0, at_C, rows_CD).index_copy_(0, first_S.long(), token)
+
+
 class Uml(nn.Module):
     """The parts of paper 1.1: f_m, the shared backbone h, and decoders g_m or the shared head c.
 
@@ -87,6 +95,10 @@ class Uml(nn.Module):
             if m.name == config.target and not decode:
                 names = tuple(m.name for m in config.modalities)
                 self.head = SharedHead(config.objective, self.backbone.embedding_width, names)
+        self.led = frozenset(
+            name for name in self.modalities if self.modality(name).class_token is not None
+        )
+        """Modalities with a class token."""
         self.pooled = frozenset(m.name for m in config.modalities if m.pooled)
         self._networks = {m.name: m.encoder for m in config.modalities if m.encoder is not None}
         self._networks[SHARED] = config.backbone
@@ -126,12 +138,13 @@ class Uml(nn.Module):
             stem.features(rows) if decodes else None
             for stem, rows in zip(stems, regions, strict=True)
         )
-        if self.encoders:
+        if self.encoders or self.led:
             parts = enumerate(zip(stems, regions, features, strict=True))
             tokens_TD = torch.cat([self._encode(batch, i, *part, rng_key) for i, part in parts])
-            batch = batch.pooled(
-                {i for i, r in enumerate(batch.layout.regions) if r.name in self.pooled}
-            )
+            names = [r.name for r in batch.layout.regions]
+            pooled = {i for i, name in enumerate(names) if name in self.pooled}
+            led = {i for i, name in enumerate(names) if name in self.led} - pooled
+            batch = batch.reshaped(pooled, led)
         else:
             tokens_TD = self._embed(stems, regions, features)
         hidden_TD, embedding_SE = self.backbone(tokens_TD, batch, self._key(rng_key, SHARED))
@@ -148,12 +161,12 @@ class Uml(nn.Module):
     ) -> Tensor:
         """What the shared part gets of a region: rows (C, D), or one (S, D) for each slot."""
         rows_CD = stem.embed(region, features, self.dtype, None)
-        name = stem.name
+        name, alone = stem.name, batch.alone(index)
+        if stem.class_token is not None:
+            rows_CD, alone = _lead(rows_CD, alone, stem.class_token), alone.reshaped(led=(0,))
         if name not in self.encoders:
             return rows_CD
-        hidden_CD, embedding_SE = self.encoders[name](
-            rows_CD, batch.alone(index), self._key(rng_key, name)
-        )
+        hidden_CD, embedding_SE = self.encoders[name](rows_CD, alone, self._key(rng_key, name))
         given: Tensor = embedding_SE if name in self.pooled else hidden_CD
         return self.projections[name](given) if name in self.projections else given
 

@@ -1,0 +1,1 @@
+"""Plain models in and out: timm, transformers and safetensors."""
