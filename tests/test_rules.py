@@ -31,7 +31,18 @@ LAYERS = (
     ("recipes", "doctor", "cli"),
     ("analysis", "measure", "meter"),
     ("start", "trial", "run", "summary", "report"),
-    ("train", "evaluate", "observe", "analyse", "export", "plan", "prepare", "inspect", "extract"),
+    (
+        "train",
+        "search",
+        "evaluate",
+        "observe",
+        "analyse",
+        "export",
+        "plan",
+        "prepare",
+        "inspect",
+        "extract",
+    ),
 )
 """Parts of the package: each imports its own line and the lines above it, never one below."""
 

@@ -21,6 +21,7 @@ VERBS = {
     "inspect": "show what is in shards, and whether it is whole",
     "extract": "features of frozen encoders, once, for heads that are trained on them",
     "train": "train a recipe: every mode for every seed, then the comparison",
+    "search": "try combinations of options, choosing on validation",
     "evaluate": "evaluate the models of a run folder again",
     "analyse": "shift, margins, clusters, alignment, neurons, ...: what the paper looks at",
     "export": "write a run's target model as plain safetensors",

@@ -208,8 +208,9 @@ class RunConfig:
     """Number of paired seeds: each is trained once per mode."""
     seed: int = 0
     """First seed; the others count up from it."""
-    modes: tuple[Literal["unimodal", "uml"], ...] = ("unimodal", "uml")
-    """What is trained for every seed: the target alone, and all modalities."""
+    modes: tuple[Literal["unimodal", "uml", "random", "pretrained"], ...] = ("unimodal", "uml")
+    """What is trained for every seed: the target alone, and all modalities; or all of them from
+    random weights, and from those that the networks' init_from names (paper 1.5)."""
     project_alone: bool = True
     """Whether the target alone keeps the projection behind its own network; False: the shared part
     takes that network's width instead (the paper's baseline, 1.4)."""
@@ -247,7 +248,10 @@ class RunConfig:
         require(self.seed >= 0, f"seed is {self.seed}; it must be >= 0")
         self._check_networks()
         require(self.log_every >= 1, f"log_every is {self.log_every}; it must be >= 1")
-        require(len(self.modes) >= 1, "modes is empty; name unimodal, uml or both")
+        require(
+            bool(self.modes) and set(self.modes) <= set(self.compared),
+            f"modes is {self.modes}; name unimodal, uml or both; else random, pretrained or both",
+        )
         stop_with = self.mix.stop_with
         require(
             stop_with is None or stop_with in names,
@@ -304,6 +308,12 @@ class RunConfig:
         return next(m for m in self.modalities if m.name == name)
 
     @property
+    def compared(self) -> tuple[str, str]:
+        """The two modes that the run compares: the baseline, then the one in question."""
+        by_start = ("random", "pretrained")
+        return by_start if set(self.modes) & set(by_start) else ("unimodal", "uml")
+
+    @property
     def folder(self) -> Path:
         """The run folder."""
         if self.resume not in ("auto", "never"):
@@ -312,11 +322,23 @@ class RunConfig:
 
     def load(self, seed: int, mode: str) -> Task:
         """The samples of one trial."""
-        return self.data.load(seed, mode, self.for_mode(mode))
+        given = "unimodal" if mode == "unimodal" else "uml"
+        return self.data.load(seed, given, self.for_mode(mode))
 
     def for_mode(self, mode: str) -> RunConfig:
-        """The configuration of one mode: ``unimodal`` keeps the target modality alone."""
-        if mode == "uml":
+        """The configuration of one mode.
+
+        ``unimodal`` keeps the target modality alone, ``random`` no network's ``init_from``.
+        """
+        if mode == "random":
+            modalities = tuple(
+                m if m.encoder is None
+                else dataclasses.replace(m, encoder=m.encoder.from_scratch())
+                for m in self.modalities
+            )  # fmt: skip
+            backbone = self.backbone.from_scratch()
+            return dataclasses.replace(self, modalities=modalities, backbone=backbone)
+        if mode != "unimodal":
             return self
         target = self.modality(self.target)
         backbone = self.backbone

@@ -68,6 +68,10 @@ class BackboneConfig:
     unfreeze_at: int = 0
     """Step at which a frozen network starts to be trained; 0: never."""
 
+    def from_scratch(self) -> BackboneConfig:
+        """The same network with random weights to start from, wherever these come from."""
+        return self
+
     @property
     def stays_frozen(self) -> bool:
         """Whether the network is never trained."""

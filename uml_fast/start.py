@@ -75,7 +75,7 @@ def plan_mix(
     target data per step (under ``alternate``: on average).
     """
     shares = shares_of(config)
-    if mode == "uml":
+    if mode != "unimodal":
         mix = config.mix
         if config.compat == "release":
             mix = dataclasses.replace(mix, warmup_epochs=release_warmup_epochs(mix))

@@ -17,6 +17,7 @@ from uml_fast.data.source import Task, in_memory
 from uml_fast.log import read_metrics
 from uml_fast.machine import machine_info
 from uml_fast.model.uml import Uml
+from uml_fast.report.table import mode_name
 
 _APART = ("baselines", "probes")
 """Parts of a trial's result that have a table of their own."""
@@ -29,12 +30,13 @@ def summarise(config: RunConfig, results: Sequence[dict[str, Any]], folder: Path
     info = machine_info()
     out: dict[str, Any] = {
         "recipe": config.recipe, "target": config.target, "metric": config.metric,
+        "compared": config.compared,
         "machine": info["machine"], "versions": info["versions"], "commit": info["commit"],
         "results": [{k: v for k, v in r.items() if k not in _APART} for r in results],
         "comparison": compare(config, results),
         "baselines": baselines(config, results),
         "probes": probes(results),
-        "throughput": throughput(folder),
+        "throughput": throughput(folder, config.compared[1]),
     }  # fmt: skip
     if config.eval.theory:
         out["theory"] = [_check_record(c) for c in check_all(config.seed)]
@@ -48,18 +50,23 @@ def _check_record(check: TheoremCheck) -> dict[str, Any]:
 
 
 def compare(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """UML against unimodal on the run's metric, over seeds that have both; empty where none has."""
+    """The run's two modes on its metric, over seeds that have both; empty where none has.
+
+    ``unimodal_mean`` of a row is that of the baseline, ``uml_mean`` that of the other mode.
+    """
+    first, second = config.compared
     by_mode: dict[str, dict[int, float]] = defaultdict(dict)
     for r in results:
         if r[config.metric] is not None:
             by_mode[r["mode"]][r["seed"]] = r[config.metric]
-    seeds = sorted(by_mode["unimodal"].keys() & by_mode["uml"].keys())
+    seeds = sorted(by_mode[first].keys() & by_mode[second].keys())
     if not seeds:
         return []
     c = paired_comparison(
-        [by_mode["unimodal"][s] for s in seeds],
-        [by_mode["uml"][s] for s in seeds],
+        [by_mode[first][s] for s in seeds],
+        [by_mode[second][s] for s in seeds],
         lower_is_better=config.metric == "error",
+        names=(mode_name(first), mode_name(second)),
     )
     return correct_rows([{"shots": None, "metric": config.metric} | dataclasses.asdict(c)])
 
@@ -99,15 +106,15 @@ def probes(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def throughput(folder: Path) -> dict[str, Any]:
-    """Medians of the UML trials' logged rates, without the first laps (they pay for warm-up)."""
+def throughput(folder: Path, mode: str = "uml") -> dict[str, Any]:
+    """Medians of a mode's logged rates, without each trial's first lap (it pays for warm-up)."""
     laps: dict[str, list[float]] = defaultdict(list)
     groups: dict[str, list[dict[str, float]]] = defaultdict(list)
     recompiles, seen = 0, set()
     for record in read_metrics(folder):
         trial = (record["mode"], record["seed"])
         recompiles = max(recompiles, record.get("recompiles", 0))
-        if record["mode"] != "uml" or "tokens_per_s" not in record:
+        if record["mode"] != mode or "tokens_per_s" not in record:
             continue
         if trial in seen:
             for name in _RATES:

@@ -64,7 +64,8 @@ def _train_all(config: RunConfig, folder: Path, ranks: Ranks) -> bool:
     seeds = range(config.seed, config.seed + config.seeds)
     trials = [log.Trial(mode, seed, config.steps) for seed in seeds for mode in config.modes]
     missing = [t for t in trials if _read_result(_place(folder, t) / "result.json") is None]
-    traced = next((t for t in missing if t.mode == "uml"), missing[0] if missing else None)
+    second = config.compared[1]
+    traced = next((t for t in missing if t.mode == second), missing[0] if missing else None)
     results = []
     made = log.RunLog(folder, trials) if ranks.is_first else log.SilentLog()
     with made as run_log, StopSignal() as stop:
@@ -109,7 +110,7 @@ def _finish_trial(
     if ranks.from_first(lambda: _read_result(finished)) is None:
         trial = Trial(config, planned.mode, planned.seed, place, ranks)
         samples = folder / "samples.json"
-        if ranks.is_first and planned.mode == "uml" and not samples.exists():
+        if ranks.is_first and planned.mode == config.compared[1] and not samples.exists():
             write_json(samples, describe_samples(trial.model, trial.task))
         try:
             trace_to, profile_to = (config.trace, config.profile) if is_traced else (None, None)

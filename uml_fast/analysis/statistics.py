@@ -83,6 +83,7 @@ def paired_comparison(
     lower_is_better: bool = False,
     in_points: bool | None = None,
     is_judged: bool = True,
+    names: tuple[str, str] = ("unimodal", "UML"),
 ) -> Comparison:
     """Compare two modes that were run with the same seeds.
 
@@ -93,6 +94,7 @@ def paired_comparison(
         in_points: the verdict speaks of points (hundredths), not of the metric's own unit; None:
             unless lower is better, as the metric is then an accuracy.
         is_judged: False: neither direction is better, and the verdict says higher or lower.
+        names: what the verdict calls the two modes.
 
     Raises:
         ValueError: lengths differ, nothing to compare, or a value that is not finite.
@@ -117,6 +119,7 @@ def paired_comparison(
             lower_is_better=lower_is_better,
             in_points=not lower_is_better if in_points is None else in_points,
             words=("better", "worse") if is_judged else ("higher", "lower"),
+            names=names,
         ),
     )
 
@@ -229,8 +232,15 @@ def _finite(name: str, values: Sequence[float] | np.ndarray) -> np.ndarray:
 
 
 def _verdict(
-    diff: Interval, *, lower_is_better: bool, in_points: bool, words: tuple[str, str]
+    diff: Interval,
+    *,
+    lower_is_better: bool,
+    in_points: bool,
+    words: tuple[str, str],
+    names: tuple[str, str],
 ) -> str:
+    other, own = names
+
     def amount(value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f}" if in_points else f"{value:{sign}.3g}"
 
@@ -238,22 +248,22 @@ def _verdict(
     gain = -diff.mean if lower_is_better else diff.mean
     side = words[0] if gain > 0 else words[1]
     if diff.n == 1:
-        return f"one seed: no interval (UML - unimodal is {amount(diff.mean, '+')}{unit})"
+        return f"one seed: no interval ({own} - {other} is {amount(diff.mean, '+')}{unit})"
     if diff.ci95_low is None or diff.ci95_high is None:
         if gain == 0:
             return f"no difference shown (equal in all {diff.n} seeds)"
         return (
-            f"UML is {side} by {amount(abs(gain))}{unit} in each of {diff.n} seeds, "
+            f"{own} is {side} by {amount(abs(gain))}{unit} in each of {diff.n} seeds, "
             "without spread: no interval"
         )
     if diff.ci95_low <= 0 <= diff.ci95_high:
         low, high = amount(diff.ci95_low, "+"), amount(diff.ci95_high, "+")
         return (
-            f"no difference shown (UML - unimodal is {amount(diff.mean, '+')}{unit}, "
+            f"no difference shown ({own} - {other} is {amount(diff.mean, '+')}{unit}, "
             f"95 % interval {low}..{high}, {diff.n} seeds)"
         )
     near, far = sorted((abs(diff.ci95_low), abs(diff.ci95_high)))
     return (
-        f"UML is {side} by {amount(abs(gain))}{unit} "
+        f"{own} is {side} by {amount(abs(gain))}{unit} "
         f"(95 % interval {amount(near)}..{amount(far)}, {diff.n} seeds)"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from uml_fast.report.charts import interval_svg
 from uml_fast.report.figures import DRAWN
-from uml_fast.report.sections import LEGEND, ReportError, escape, figure, table, together
+from uml_fast.report.sections import ReportError, escape, figure, legend, table, together
 
 
 def _text(row: Mapping[str, Any], value: float | None, sign: str = "") -> str:
@@ -94,7 +94,9 @@ def section(analysis: Mapping[str, Any], summary: Mapping[str, Any] | None) -> s
         except (KeyError, TypeError, ValueError) as error:
             raise ReportError(f"analysis.json: chart {i} cannot be drawn: {error!r}") from error
     said = "".join(f'<p class="note">{escape(s[0].upper() + s[1:])}.</p>' for s in _said(analysis))
-    drawn = f'{LEGEND}<div class="charts">{"".join(figures)}</div>' if figures else ""
+    drawn = (
+        f'{legend(summary or {})}<div class="charts">{"".join(figures)}</div>' if figures else ""
+    )
     return f"<h2>Analyses</h2>{_stale(analysis, summary)}{body}{said}{drawn}{_skipped(analysis)}"
 
 

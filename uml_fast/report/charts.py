@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-MODES = ("unimodal", "uml")
 MAX_POINTS = 160
 
 _PAGE_COLOURS = {
@@ -25,7 +24,7 @@ _PAGE_COLOURS = {
     "#050505": "var(--uml)",
 }
 INK, MUTED, LINE, UNIMODAL, UML = _PAGE_COLOURS
-MODE_COLOUR = dict(zip(MODES, (UNIMODAL, UML), strict=True))
+MODE_COLOUR = {"unimodal": UNIMODAL, "uml": UML, "random": UNIMODAL, "pretrained": UML}
 """Colour of each mode in a drawing of ``chart``."""
 
 
@@ -94,6 +93,7 @@ def pairs_chart(
     uml: Sequence[float],
     baselines: Sequence[float],
     y_format: Callable[[float], str],
+    names: tuple[str, str] = ("unimodal", "UML"),
 ) -> str:
     """SVG of every seed as two joined dots, the means as bars and the baselines as dashed lines."""
 
@@ -108,7 +108,7 @@ def pairs_chart(
         for level in baselines:
             axes.axhline(level, color=MUTED, lw=0.9, ls=(0, (4, 3)))
         axes.set_xlim(-0.45, 1.45)
-        axes.set_xticks([0, 1], ["unimodal", "UML"])
+        axes.set_xticks([0, 1], list(names))
         axes.grid(axis="x", visible=False)
         axes.yaxis.set_major_locator(_ticker().MaxNLocator(5))
         axes.yaxis.set_major_formatter(lambda v, _: y_format(v))

@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from uml_fast.report import charts
-from uml_fast.report.table import THROUGHPUT, baselines_of, has_rate, metric_of, rate, setting
-
-LEGEND = (
-    '<p class="legend"><span><i class="unimodal"></i>unimodal: the target modality alone</span>'
-    '<span><i class="uml"></i>UML: with the unpaired modalities</span></p>'
+from uml_fast.report.table import (
+    MODE_MEANING,
+    THROUGHPUT,
+    baselines_of,
+    compared,
+    has_rate,
+    metric_of,
+    mode_name,
+    rate,
+    setting,
 )
 
 
@@ -31,6 +36,15 @@ def escape(value: Any) -> str:
 def together(text: str) -> str:
     """HTML text in which a number and its per-cent sign stay on one line."""
     return text.replace(" %", "&nbsp;%")
+
+
+def legend(summary: Mapping[str, Any]) -> str:
+    """The colours of the two modes."""
+    first, second = (MODE_MEANING[mode] for mode in compared(summary))
+    return (
+        f'<p class="legend"><span><i class="unimodal"></i>{first}</span>'
+        f'<span><i class="uml"></i>{second}</span></p>'
+    )
 
 
 def comparison(summary: Mapping[str, Any]) -> str:
@@ -49,16 +63,17 @@ def comparison(summary: Mapping[str, Any]) -> str:
             f'<td></td><td></td><td></td><td></td><td class="number">{b["n"]}</td>'
             f'<td class="verdict note">{said}</td></tr>'
         )
+    first, second = (escape(mode_name(mode)) for mode in compared(summary))
     head = (
-        '<tr><th></th><th class="number">unimodal</th><th class="number">UML</th>'
+        f'<tr><th></th><th class="number">{first}</th><th class="number">{second}</th>'
         '<th class="number">difference</th><th class="number">95 % interval</th><th></th>'
         '<th class="number">seeds</th><th>verdict</th></tr>'
     )
     return (
-        f"<h2>Unimodal against UML</h2><p>{escape(metric_of(summary).title.capitalize())}, "
-        "measured on the test data of the target modality. Both modes have the same seeds; the "
-        "interval is that of the paired difference (Student t over seeds).</p>"
-        + table(head, body, "comparison")
+        f"<h2>{first[0].upper()}{first[1:]} against {second}</h2>"
+        f"<p>{escape(metric_of(summary).title.capitalize())}, measured on the test data of the "
+        "target modality. Both modes have the same seeds; the interval is that of the paired "
+        "difference (Student t over seeds).</p>" + table(head, body, "comparison")
     )
 
 
@@ -96,7 +111,7 @@ def every_seed(summary: Mapping[str, Any]) -> str:
     figures = []
     for c in summary["comparison"]:
         m = metric_of(summary, c)
-        by_mode: dict[str, dict[Any, float]] = {mode: {} for mode in charts.MODES}
+        by_mode: dict[str, dict[Any, float]] = {mode: {} for mode in compared(summary)}
         for r in summary["results"]:
             if (
                 r["mode"] in by_mode
@@ -104,7 +119,7 @@ def every_seed(summary: Mapping[str, Any]) -> str:
                 and r.get(m.name) is not None
             ):
                 by_mode[r["mode"]][r["seed"]] = r[m.name]
-        a, b = (by_mode[mode] for mode in charts.MODES)
+        a, b = by_mode.values()
         seeds = sorted(a.keys() & b.keys())
         if not seeds:
             continue
@@ -116,13 +131,14 @@ def every_seed(summary: Mapping[str, Any]) -> str:
             [b[s] for s in seeds],
             [x["mean"] for x in fitting],
             m.text,
+            (mode_name(compared(summary)[0]), mode_name(compared(summary)[1])),
         )
         dashed = ", ".join(f"{x['name']} {m.text(x['mean'])}" for x in fitting)
         figures.append(figure(title, svg, f"dashed: {dashed}" if dashed else ""))
     if not figures:
         return ""
     note = '<p class="note">A line joins the two runs of one seed; the bars are the means.</p>'
-    return f'<h2>Every seed</h2>{LEGEND}<div class="charts">{"".join(figures)}</div>{note}'
+    return f'<h2>Every seed</h2>{legend(summary)}<div class="charts">{"".join(figures)}</div>{note}'
 
 
 def figure(title: str, svg: str, note: str = "") -> str:
@@ -158,7 +174,7 @@ def curves(records: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> st
     )
     note = "Mean over seeds; the band is from the lowest to the highest seed."
     return (
-        f'<h2>Learning curves</h2>{LEGEND}<div class="charts">{figures}</div>'
+        f'<h2>Learning curves</h2>{legend(facts)}<div class="charts">{figures}</div>'
         f'<p class="note">{note}</p>{folded if steering else ""}'
     )
 
@@ -179,7 +195,9 @@ def _logged(key: str, name: str = "") -> Callable[[Mapping[str, Any]], float | N
 def _curve_figures(records: Sequence[Mapping[str, Any]], wanted: Sequence[_Curve]) -> str:
     out = []
     for w in wanted:
-        found = {mode: charts.curve_over_seeds(records, mode, w.value) for mode in charts.MODES}
+        found = {
+            mode: charts.curve_over_seeds(records, mode, w.value) for mode in charts.MODE_COLOUR
+        }
         drawn = {mode: curve for mode, curve in found.items() if curve is not None}
         if drawn:
             svg = charts.curves_chart(w.title, drawn, w.y_format, is_error=w.is_error)

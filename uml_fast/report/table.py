@@ -22,6 +22,29 @@ THROUGHPUT = (
 """Keys of a summary's throughput, with their label and meaning."""
 
 
+MODE_MEANING = {
+    "unimodal": "unimodal: the target modality alone",
+    "uml": "UML: with the unpaired modalities",
+    "random": "random: the same network, steps and data from random weights",
+    "pretrained": "pretrained: from the weights that init_from names",
+}
+"""What the report says of each mode."""
+
+
+def mode_name(mode: str) -> str:
+    """A mode as a person reads it."""
+    return MODE_MEANING.get(mode, mode).partition(":")[0]
+
+
+def compared(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """The two modes that a summary or a configuration compares, the baseline first."""
+    by_start = ("random", "pretrained")
+    if set(summary.get("modes") or ()) & set(by_start):
+        return by_start
+    first, second = summary.get("compared") or ("unimodal", "uml")
+    return first, second
+
+
 @dataclass(frozen=True, slots=True)
 class Metric:
     """How a metric is written: accuracies in per cent, errors as they are."""
@@ -73,7 +96,8 @@ class Metric:
 
 def print_table(summary: Mapping[str, Any]) -> str:
     """The comparison as plain text of at most 100 columns: a row a setting, baselines, verdicts."""
-    columns = ("unimodal", "UML", "difference", "95 % interval", "n")
+    first, second = map(mode_name, compared(summary))
+    columns = (first, second, "difference", "95 % interval", "n")
     rows: list[tuple[str, ...]] = []
     for c in summary["comparison"]:
         m = metric_of(summary, c)
@@ -86,11 +110,11 @@ def print_table(summary: Mapping[str, Any]) -> str:
         rows.append(
             (f"{b['name']} (baseline)", m.text(b["mean"]), "", "", m.interval(b), str(b["n"]))
         )
-    first = min(44, max([len(r[0]) for r in rows], default=0))
+    width_of_names = min(43, max([len(r[0]) for r in rows], default=0))
     lines = [f"{summary['recipe']}: {summary['target']}, {metric_of(summary).title}", ""]
     for name, *cells in ("", *columns), *rows:
-        line = f"{name[:first]:<{first}}"
-        for cell, width in zip(cells, (9, 9, 13, 20, 4), strict=True):
+        line = f"{name[:width_of_names]:<{width_of_names}}"
+        for cell, width in zip(cells, (9, 11, 13, 20, 4), strict=True):
             line += f"{cell:>{width}}"
         lines.append(line.rstrip())
     lines.append("")
@@ -134,14 +158,15 @@ def baselines_of(summary: Mapping[str, Any], c: Mapping[str, Any]) -> list[Mappi
 def beaten_by(summary: Mapping[str, Any]) -> list[str]:
     """A sentence for each setting in which a simple baseline has a better mean than UML."""
     out = []
+    second = mode_name(compared(summary)[1])
     for c in summary["comparison"]:
         m = metric_of(summary, c)
         for b in baselines_of(summary, c):
             if m.is_better(b["mean"], c["uml_mean"]):
                 where = "" if len(summary["comparison"]) == 1 else f"{setting(summary, c)}: "
                 out.append(
-                    f"{where}the baseline {b['name']} ({m.text(b['mean'])}) is better than UML "
-                    f"({m.text(c['uml_mean'])})"
+                    f"{where}the baseline {b['name']} ({m.text(b['mean'])}) is better than "
+                    f"{second} ({m.text(c['uml_mean'])})"
                 )
     return out
 
