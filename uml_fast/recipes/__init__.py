@@ -21,6 +21,7 @@ from uml_fast.config import ConfigError, RunConfig
 RECIPES = {
     "numbers": "uml_fast.recipes.numbers:numbers",
     "gaussian": "uml_fast.recipes.gaussian:gaussian",
+    "tokens": "uml_fast.recipes.tokens:tokens",
     "folders": "uml_fast.recipes.folders:folders",
     "throughput": "uml_fast.recipes.throughput:throughput",
     "mosi": "uml_fast.recipes.multibench:mosi",
