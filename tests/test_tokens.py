@@ -48,5 +48,5 @@ def test_sizes_of_the_paper() -> None:
     b = config.backbone
     assert (b.width, b.layers, b.heads, b.causal) == (256, 4, 4, True)
     assert (config.steps, config.seeds, config.mix.batch, config.metric) == (12800, 3, 32, "probe")
-    with pytest.raises(ValueError, match="no folder; give --data.image"):
+    with pytest.raises(ValueError, match="no folder; give --data"):
         config.load(0, "uml")

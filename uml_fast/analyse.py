@@ -28,6 +28,7 @@ from uml_fast.observe import (
 )
 from uml_fast.progress import StatusLine, duration
 from uml_fast.report import print_analyses, write_report
+from uml_fast.report.table import mode_name
 from uml_fast.run import read_config, write_json
 
 ANALYSIS = "analysis.json"
@@ -52,11 +53,12 @@ def analyse(
         ConfigError: ``pairs`` names no auxiliary of the run.
     """
     config = read_config(folder)
-    found = Findings()
+    first, second = config.compared
+    found = Findings(config.compared, (mode_name(first), mode_name(second)))
     trials = finished_trials(folder)
     _analyse_run(found, folder, config, trials, shifted or {}, pairs or {})
     return {
-        "recipe": config.recipe, "target": config.target,
+        "recipe": config.recipe, "target": config.target, "compared": config.compared,
         "trials": [list(t) for t in trials],
         "rows": found.rows(), "values": found.values, "charts": found.charts,
         "skipped": found.skipped,
@@ -95,11 +97,11 @@ def _analyse_run(
             trained = seen.setdefault(seed, {})[mode] = look(observed)
             head_findings(found, trained)
             shift_findings(found, observed, sets)
-        if mode == "uml":
+        if mode == config.compared[1]:
             _neurons(found, observed, pairs, folder / "trials" / f"{mode}-{seed}")
         of_seed = seen.get(seed, {})
-        if {"unimodal", "uml"} <= of_seed.keys():
-            pair_findings(found, of_seed["unimodal"], of_seed["uml"])
+        if set(config.compared) <= of_seed.keys():
+            pair_findings(found, *(of_seed[m] for m in config.compared))
         if seed == trials[0][1] and (done + 1 == len(trials) or trials[done + 1][1] != seed):
             pictures(found, list(of_seed.values()), observed.task.class_names)
         if done + 1 < len(trials) and trials[done + 1][1] != seed:

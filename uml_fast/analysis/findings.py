@@ -60,7 +60,7 @@ class Of:
     """The trial that a value is of."""
 
     mode: str
-    """unimodal or uml."""
+    """One of the two modes that the run compares."""
     seed: int
     setting: str = ""
     """Setting of a grid, such as "4 shots"; empty where the run has one alone."""
@@ -70,6 +70,10 @@ class Of:
 class Findings:
     """Values, charts and what was left out, gathered trial by trial."""
 
+    compared: tuple[str, str] = ("unimodal", "uml")
+    """The two modes, the baseline first."""
+    names: tuple[str, str] = ("unimodal", "UML")
+    """What verdicts call them."""
     values: list[dict[str, Any]] = field(default_factory=list)
     """quantity, what it was measured on, setting, mode, seed and value."""
     charts: list[dict[str, Any]] = field(default_factory=list)
@@ -121,19 +125,21 @@ class Findings:
             "paper": q.paper, "better": q.better, "in_points": q.in_points,
             "note": self.notes.get(key, ""),
         }  # fmt: skip
-        a, b = modes.get("unimodal", {}), modes.get("uml", {})
+        a, b = (modes.get(mode, {}) for mode in self.compared)
         seeds = sorted(a.keys() & b.keys())
         if seeds:
             compared = paired_comparison(
                 [a[s] for s in seeds], [b[s] for s in seeds], in_points=q.in_points,
                 lower_is_better=q.better == "lower", is_judged=q.better != "neither",
+                names=self.names,
             )  # fmt: skip
             return row | dataclasses.asdict(compared)
-        ((mode, values),) = modes.items()
+        mode, values = max(modes.items(), key=lambda found: len(found[1]))
         mean = mean_interval(list(values.values()))
+        is_first = mode == self.compared[0]
         return row | {
-            "unimodal_mean": mean.mean if mode == "unimodal" else None,
-            "uml_mean": mean.mean if mode == "uml" else None, "paired_diff_mean": None,
+            "unimodal_mean": mean.mean if is_first else None,
+            "uml_mean": None if is_first else mean.mean, "paired_diff_mean": None,
             "ci95_low": mean.ci95_low, "ci95_high": mean.ci95_high, "n": mean.n,
             "verdict": "one seed: no interval" if mean.n == 1 else "",
         }  # fmt: skip

@@ -84,18 +84,18 @@ def _clusters(found: Findings, t: Trained, rows: np.ndarray, space: str) -> None
     found.add("davies_bouldin", scores.davies_bouldin, t.of, space)
 
 
-def pair_findings(found: Findings, unimodal: Trained, uml: Trained) -> None:
+def pair_findings(found: Findings, first: Trained, second: Trained) -> None:
     """How alike the two models of a seed represent the same test samples."""
     with found.attempt("similarity of both modes"):
-        if unimodal.is_frozen:
-            a, b = (t.rows @ t.head.T for t in (unimodal, uml) if t.head is not None)
-            what = "logits, unimodal and UML"
+        if first.is_frozen:
+            a, b = (t.rows @ t.head.T for t in (first, second) if t.head is not None)
+            what = "logits of both modes"
         else:
-            a, b, what = unimodal.rows, uml.rows, "embeddings, unimodal and UML"
-        found.add("cka", linear_cka(a, b), uml.of, what)
+            a, b, what = first.rows, second.rows, "embeddings of both modes"
+        found.add("cka", linear_cka(a, b), second.of, what)
         k = min(NEIGHBOURS, len(a) - 1)
-        found.add("knn", mutual_knn(a, b, k), uml.of, what)
-        found.notes["knn", what, uml.of.setting] = (
+        found.add("knn", mutual_knn(a, b, k), second.of, what)
+        found.notes["knn", what, second.of.setting] = (
             f"of {k}; at random {100 * k / (len(a) - 1):.2g} %"
         )
 

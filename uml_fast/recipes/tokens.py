@@ -2,7 +2,7 @@
 
 The release has no code for it. Tokens are made with the encoders of the paper (patch tokens of
 DINOv2 ViT-B/14, token embeddings of OpenLLaMA-3B) or any others and prepared as features: an .npz
-with ``rows`` (all tokens), ``offsets`` and ``labels`` of each split, or arrays (n, tokens, features).
+with ``rows`` (all tokens), ``offsets`` and ``labels``, or arrays (n, tokens, features).
 """
 
 from __future__ import annotations

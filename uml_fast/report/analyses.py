@@ -8,6 +8,7 @@ from typing import Any
 from uml_fast.report.charts import interval_svg
 from uml_fast.report.figures import DRAWN
 from uml_fast.report.sections import ReportError, escape, figure, legend, table, together
+from uml_fast.report.table import compared, mode_name
 
 
 def _text(row: Mapping[str, Any], value: float | None, sign: str = "") -> str:
@@ -39,9 +40,9 @@ def side(row: Mapping[str, Any]) -> str:
 
 def print_analyses(analysis: Mapping[str, Any]) -> str:
     """The rows as plain text, then what was left out and why."""
-    width = min(60, max([len(_name(r)) for r in analysis["rows"]], default=0))
-    heads = ("unimodal", "UML", "difference", "95 % interval", "n")
-    sizes = (9, 9, 12, 19, 4)
+    width = min(56, max([len(_name(r)) for r in analysis["rows"]], default=0))
+    heads = (*map(mode_name, compared(analysis)), "difference", "95 % interval", "n")
+    sizes = (11, 11, 12, 19, 4)
     lines = [" " * width + "".join(f"{h:>{w}}" for h, w in zip(heads, sizes, strict=True))]
     for r in analysis["rows"]:
         cells = (
@@ -58,15 +59,16 @@ def print_analyses(analysis: Mapping[str, Any]) -> str:
 
 def _said(analysis: Mapping[str, Any]) -> list[str]:
     """What must be said of all rows together."""
-    compared = [r for r in analysis["rows"] if r["paired_diff_mean"] is not None]
-    if not compared:
+    rows = [r for r in analysis["rows"] if r["paired_diff_mean"] is not None]
+    own = mode_name(compared(analysis)[1])
+    if not rows:
         return ["nothing is compared: that needs both modes with the same seeds"]
-    if all(r["n"] == 1 for r in compared):
+    if all(r["n"] == 1 for r in rows):
         return ["one seed: no intervals, so that no difference is shown"]
-    judged = [r for r in compared if r["better"] != "neither"]
+    judged = [r for r in rows if r["better"] != "neither"]
     sides = [side(r) for r in judged]
     return [
-        f"{len(compared)} comparisons; corrected for that (Holm), UML is better in "
+        f"{len(rows)} comparisons; corrected for that (Holm), {own} is better in "
         f"{sides.count('better')} and worse in {sides.count('worse')} of the {len(judged)} that "
         "have a better direction"
     ]
@@ -81,8 +83,9 @@ def section(analysis: Mapping[str, Any], summary: Mapping[str, Any] | None) -> s
     rows = analysis["rows"]
     if not rows and not analysis["charts"]:
         return ""
+    first, second = (escape(mode_name(mode)) for mode in compared(analysis))
     head = (
-        '<tr><th></th><th class="number">unimodal</th><th class="number">UML</th>'
+        f'<tr><th></th><th class="number">{first}</th><th class="number">{second}</th>'
         '<th class="number">difference</th><th class="number">95 % interval</th><th></th>'
         '<th class="number">seeds</th><th>verdict</th></tr>'
     )
@@ -94,9 +97,7 @@ def section(analysis: Mapping[str, Any], summary: Mapping[str, Any] | None) -> s
         except (KeyError, TypeError, ValueError) as error:
             raise ReportError(f"analysis.json: chart {i} cannot be drawn: {error!r}") from error
     said = "".join(f'<p class="note">{escape(s[0].upper() + s[1:])}.</p>' for s in _said(analysis))
-    drawn = (
-        f'{legend(summary or {})}<div class="charts">{"".join(figures)}</div>' if figures else ""
-    )
+    drawn = f'{legend(analysis)}<div class="charts">{"".join(figures)}</div>' if figures else ""
     return f"<h2>Analyses</h2>{_stale(analysis, summary)}{body}{said}{drawn}{_skipped(analysis)}"
 
 

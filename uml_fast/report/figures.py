@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from uml_fast.report.charts import INK, LINE, MODE_COLOUR, MUTED, UML, UNIMODAL, chart
+from uml_fast.report.table import mode_name
 
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 _OPAQUE = ((0x0B, 0x67, 0xB2), (0xC5, 0x6A, 0x00))
@@ -53,7 +54,7 @@ def boundary(c: Mapping[str, Any]) -> str:
                 ax.plot(xy[:, 0], xy[:, 1], marker, color=colour, ms=3, mew=0.8, alpha=0.6,
                         label=name)  # fmt: skip
             ax.axvline(0, color=MUTED, lw=1)
-            ax.set_xlabel({"uml": "UML"}.get(panel["mode"], panel["mode"]))
+            ax.set_xlabel(mode_name(panel["mode"]))
             ax.set_xticks([])
             ax.set_yticks([])
             ax.legend(fontsize=7, frameon=False, loc="best", labelcolor=MUTED)
