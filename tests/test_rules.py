@@ -31,6 +31,7 @@ LAYERS = (
     ("recipes", "doctor", "cli"),
     ("analysis", "measure", "meter"),
     ("start", "trial", "run", "summary", "report"),
+    ("heads", "train_heads"),
     (
         "train",
         "search",

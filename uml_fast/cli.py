@@ -11,10 +11,14 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.doctor import pip_line
 from uml_fast.recipes import DEFAULT, describe, load_recipe, unknown
+
+if TYPE_CHECKING:
+    from uml_fast.grid.run import GridConfig
 
 VERBS = {
     "prepare": "make shards of your own images, sounds, texts or features",
@@ -68,7 +72,7 @@ def run_main(function: Main, argv: list[str] | None = None) -> int:
         return 2
 
 
-def parse(argv: Sequence[str] | None, prog: str) -> RunConfig:
+def parse(argv: Sequence[str] | None, prog: str) -> RunConfig | GridConfig:
     """The configuration that ``[recipe] [--field value ...]`` asks for.
 
     Args:

@@ -16,10 +16,12 @@ from uml_fast.cli import run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.source import Task
 from uml_fast.device import resolve_device
+from uml_fast.grid.run import GridConfig
+from uml_fast.heads import compare_heads, evaluate_heads
 from uml_fast.measure import embeddings_and_labels, measure, pack_source
 from uml_fast.model.uml import Uml
 from uml_fast.report import print_table
-from uml_fast.run import read_config
+from uml_fast.run import read_any_config, read_config
 from uml_fast.start import build_model
 from uml_fast.summary import compare
 
@@ -93,9 +95,13 @@ def main(argv: list[str] | None = None) -> int:
         "--json", action="store_true", help="print one JSON object instead of tables"
     )
     args = parser.parse_args(argv)
-    config = read_config(args.run)
-    results = list(evaluate(args.run))
-    comparison = compare(config, results)
+    config = read_any_config(args.run)
+    if isinstance(config, GridConfig):
+        results = evaluate_heads(args.run, config)
+        comparison = compare_heads(config, results)
+    else:
+        results = list(evaluate(args.run))
+        comparison = compare(config, results)
     if args.json:
         print(json.dumps({"results": results, "comparison": comparison}, indent=1))
         return 0
@@ -104,9 +110,15 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("probe", "knn", "head", "error")
         if any(r.get(name) is not None for r in results)
     ]
+    if results[0]["shots"] is not None:
+        columns = ["shots", *columns]
     print("".join(f"{c:>10}" for c in ("mode", "seed", *columns)))
     for r in results:
-        cells = "".join(f"{r[c]:10.4f}" if r.get(c) is not None else f"{'-':>10}" for c in columns)
+        values = [r.get(c) for c in columns]
+        cells = "".join(
+            f"{v:>10}" if isinstance(v, int) else f"{'-' if v is None else f'{v:.4f}':>10}"
+            for v in values
+        )
         print(f"{r['mode']:>10}{r['seed']:>10}{cells}")
     print(print_table({"recipe": config.recipe, "target": config.target, "metric": config.metric,
                        "results": results, "comparison": comparison, "baselines": []}))  # fmt: skip

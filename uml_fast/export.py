@@ -15,9 +15,11 @@ from torch import Tensor
 from uml_fast.cli import run_main
 from uml_fast.config import ConfigError
 from uml_fast.evaluate import finished_trials, load_model
+from uml_fast.grid.run import GridConfig
+from uml_fast.heads import export_head
 from uml_fast.log import RunFolderError
 from uml_fast.model.uml import Uml
-from uml_fast.run import to_json
+from uml_fast.run import read_any_config, to_json
 
 
 def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:
@@ -82,12 +84,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="format")
-    parser.add_argument("--mode", default="uml", help="uml (default) or unimodal")
+    parser.add_argument("--mode", default="uml", help="uml (default), unimodal, or another variant")
     parser.add_argument(
         "--seed", type=int, help="seed of the trial; default: the first that is finished"
     )
     parser.add_argument("--out", type=Path, help="file to write; default: RUN/<target>.safetensors")
+    parser.add_argument("--shots", type=int, help="of a grid of heads: shots; default: the most")
     args = parser.parse_args(argv)
+    if isinstance(read_any_config(args.run), GridConfig):
+        print(export_head(args.run, args.mode, args.shots, args.seed, args.out))
+        return 0
     print(export(args.run, args.mode, args.seed, args.out))
     return 0
 

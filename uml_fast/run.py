@@ -20,6 +20,7 @@ from typing import Any
 
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.files import replace_file
+from uml_fast.grid.run import GridConfig
 from uml_fast.log import RunFolderError
 from uml_fast.machine import machine_info
 from uml_fast.recipes import RECIPE_MODULE, import_file
@@ -76,8 +77,8 @@ def from_json(value: Any) -> Any:
         ) from e
 
 
-def read_config(folder: Path) -> RunConfig:
-    """The configuration of the run in ``folder``.
+def read_any_config(folder: Path) -> RunConfig | GridConfig:
+    """The configuration of the run in ``folder``, whichever kind it is.
 
     Raises:
         RunFolderError: there is no readable run.
@@ -91,12 +92,24 @@ def read_config(folder: Path) -> RunConfig:
         ) from None
     except (OSError, json.JSONDecodeError, KeyError) as e:
         raise RunFolderError(f"cannot read {path}: {e}") from e
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, (RunConfig, GridConfig)):
         raise RunFolderError(f"{path} holds no run configuration")
     return config
 
 
-def open_run(config: RunConfig) -> Path:
+def read_config(folder: Path) -> RunConfig:
+    """The configuration of the run of a model in ``folder``.
+
+    Raises:
+        RunFolderError: there is no readable run, or one of heads on frozen features.
+    """
+    config = read_any_config(folder)
+    if isinstance(config, GridConfig):
+        raise RunFolderError(f"{folder} holds heads on frozen features, not a trained model")
+    return config
+
+
+def open_run(config: RunConfig | GridConfig) -> Path:
     """Make or continue the run folder; returns its path.
 
     ``resume`` auto continues the run in the folder if there is one, never sets it aside under a
@@ -109,14 +122,14 @@ def open_run(config: RunConfig) -> Path:
     """
     folder = config.folder
     if config.resume not in ("auto", "never"):
-        read_config(folder)
+        read_any_config(folder)
     if config.resume == "never" and (folder / "run.json").exists():
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         logger.info("the run that was in %s is now in %s", folder, aside)
     path = folder / "run.json"
     if path.exists():
-        _check_same(folder, read_config(folder), config)
+        _check_same(folder, read_any_config(folder), config)
         info = json.loads(path.read_text())  # keeps the machine and commit it was started with
     else:
         info = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | machine_info()
@@ -157,7 +170,7 @@ def write_json(path: Path, value: Any) -> None:
         ) from e
 
 
-def _check_same(folder: Path, before: RunConfig, now: RunConfig) -> None:
+def _check_same(folder: Path, before: RunConfig | GridConfig, now: RunConfig | GridConfig) -> None:
     a, b = _flat(to_json(before)), _flat(to_json(now))
     changed = sorted(
         name for name in a.keys() | b.keys()

@@ -18,6 +18,7 @@ from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.distributed import Ranks, join_ranks
+from uml_fast.grid.run import GridConfig
 from uml_fast.profiling import profiled
 from uml_fast.report import print_table, write_report
 from uml_fast.report.probes import probe_lines
@@ -25,13 +26,16 @@ from uml_fast.run import locked, open_run, write_json
 from uml_fast.start import resolve
 from uml_fast.summary import describe_samples, summarise
 from uml_fast.trace import Trace
+from uml_fast.train_heads import train_heads
 from uml_fast.trial import Stopped, Trial
 
 _AGAIN = "the same command continues it"
 
 
-def train(config: RunConfig) -> Path | None:
+def train(config: RunConfig | GridConfig) -> Path | None:
     """Train (or continue) a run; returns its folder, or None if asked to stop before the end.
+
+    A ``GridConfig`` trains heads on frozen features (``train_heads``).
 
     Raises:
         ConfigError, DataError: the configuration or the data cannot be used.
@@ -40,6 +44,8 @@ def train(config: RunConfig) -> Path | None:
         CheckpointError: all checkpoints of a trial are broken, or none can be written.
         RanksError: another rank is gone.
     """
+    if isinstance(config, GridConfig):
+        return train_heads(config)
     config = resolve(config)
     with join_ranks(config.device) as ranks:
         folder = ranks.from_first(lambda: _open(config))

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class NamedFeatures(Features):
     """Name of each sample; empty where they have none."""
     fingerprint: str = ""
     """Of model, data and transform; empty where it is not known."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What it is the fingerprint of."""
 
 
 def fingerprint_of(facts: Mapping[str, Any]) -> str:
@@ -122,7 +124,7 @@ def load_features(path: Path) -> NamedFeatures:
     try:
         return NamedFeatures(
             rows, labels, names, tuple(keys.split("\n")) if keys else (),
-            metadata.get("fingerprint", ""),
+            metadata.get("fingerprint", ""), json.loads(metadata.get("facts", "{}")),
         )  # fmt: skip
     except DataError as e:
         raise DataError(f"{path}: {e}") from e

@@ -1,4 +1,4 @@
-"""Recipes: a run is a function without arguments that returns a RunConfig.
+"""Recipes: a run is a function without arguments that returns a RunConfig or a GridConfig.
 
 The registry maps a name to ``module:function`` as text, so that listing recipes imports none of
 them, and a recipe whose packages are missing stops nobody from using another one.
@@ -15,14 +15,23 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from uml_fast.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from uml_fast.grid.run import GridConfig
 
 RECIPES = {
     "numbers": "uml_fast.recipes.numbers:numbers",
     "gaussian": "uml_fast.recipes.gaussian:gaussian",
     "tokens": "uml_fast.recipes.tokens:tokens",
     "folders": "uml_fast.recipes.folders:folders",
+    "vision_text": "uml_fast.recipes.vision_text:vision_text",
+    "vision_text_clip": "uml_fast.recipes.vision_text:vision_text_clip",
+    "text_ratio": "uml_fast.recipes.vision_text:text_ratio",
+    "unrelated_text": "uml_fast.recipes.vision_text:unrelated_text",
+    "exchange_rate": "uml_fast.recipes.vision_text:exchange_rate",
     "throughput": "uml_fast.recipes.throughput:throughput",
     "mosi": "uml_fast.recipes.multibench:mosi",
     "mosei": "uml_fast.recipes.multibench:mosei",
@@ -48,11 +57,11 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> str:
     return f"unknown {kind} {given!r}; there are: {', '.join(names)}"
 
 
-def load_recipe(name: str) -> RunConfig:
+def load_recipe(name: str) -> RunConfig | GridConfig:
     """The configuration of a registered recipe, or of ``path/to/recipe.py:function``.
 
     Raises:
-        ConfigError: no such recipe, file or function, or what it returns is no RunConfig.
+        ConfigError: no such recipe, file or function, or what it returns is no configuration.
         ModuleNotFoundError: the recipe needs a package that is not installed.
     """
     path, _, function = name.rpartition(":")
@@ -66,10 +75,13 @@ def load_recipe(name: str) -> RunConfig:
     else:
         hint = " (your own recipe is path/to/recipe.py:function)"
         raise ConfigError(unknown("recipe", name, RECIPES) + hint)
+    from uml_fast.grid.run import GridConfig  # with torch, which listing recipes does not need
+
     config = recipe()
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, (RunConfig, GridConfig)):
         raise ConfigError(
-            f"recipe {name} returned {type(config).__name__}; it must return RunConfig"
+            f"recipe {name} returned {type(config).__name__}; it must return RunConfig or "
+            "GridConfig"
         )
     return config
 

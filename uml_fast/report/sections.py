@@ -14,7 +14,9 @@ from uml_fast.report import charts
 from uml_fast.report.table import (
     MODE_MEANING,
     THROUGHPUT,
+    baseline_name,
     baselines_of,
+    both_sides,
     compared,
     has_rate,
     metric_of,
@@ -56,7 +58,7 @@ def comparison(summary: Mapping[str, Any]) -> str:
     for b in summary.get("baselines") or ():
         m = metric_of(summary, b)
         interval = m.interval(b)
-        name = f'{escape(b["name"])}<br><span class="note">simple baseline</span>'
+        name = f'{escape(baseline_name(b))}<br><span class="note">simple baseline</span>'
         said = f"mean; its 95 % interval is {interval}" if interval else ""
         body.append(
             f'<tr><th scope="row">{name}</th><td class="number">{m.text(b["mean"])}</td>'
@@ -111,15 +113,7 @@ def every_seed(summary: Mapping[str, Any]) -> str:
     figures = []
     for c in summary["comparison"]:
         m = metric_of(summary, c)
-        by_mode: dict[str, dict[Any, float]] = {mode: {} for mode in compared(summary)}
-        for r in summary["results"]:
-            if (
-                r["mode"] in by_mode
-                and r.get("shots") == c.get("shots")
-                and r.get(m.name) is not None
-            ):
-                by_mode[r["mode"]][r["seed"]] = r[m.name]
-        a, b = by_mode.values()
+        a, b = both_sides(summary, c)
         seeds = sorted(a.keys() & b.keys())
         if not seeds:
             continue

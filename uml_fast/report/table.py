@@ -22,6 +22,10 @@ THROUGHPUT = (
 """Keys of a summary's throughput, with their label and meaning."""
 
 
+ROW_AXES = ("auxiliary_shots", "ratio")
+"""Keys of a grid's rows beside shots and mode."""
+
+
 MODE_MEANING = {
     "unimodal": "unimodal: the target modality alone",
     "uml": "UML: with the unpaired modalities",
@@ -108,7 +112,14 @@ def print_table(summary: Mapping[str, Any]) -> str:
     for b in summary.get("baselines") or ():
         m = metric_of(summary, b)
         rows.append(
-            (f"{b['name']} (baseline)", m.text(b["mean"]), "", "", m.interval(b), str(b["n"]))
+            (
+                f"{baseline_name(b)} (baseline)",
+                m.text(b["mean"]),
+                "",
+                "",
+                m.interval(b),
+                str(b["n"]),
+            )
         )
     width_of_names = min(43, max([len(r[0]) for r in rows], default=0))
     lines = [f"{summary['recipe']}: {summary['target']}, {metric_of(summary).title}", ""]
@@ -138,12 +149,43 @@ def metric_of(summary: Mapping[str, Any], entry: Mapping[str, Any] | None = None
 
 
 def setting(summary: Mapping[str, Any], c: Mapping[str, Any]) -> str:
-    """Name of a row of the comparison: its shots, and its metric where it is not the run's."""
+    """Name of a row of the comparison: its shots, and what differs from the run's usual."""
     shots = c.get("shots")
-    parts = [] if shots is None else [f"{shots} shot{'s' if shots != 1 else ''}"]
+    parts = [] if shots is None else [shots_text(shots)]
+    if c.get("mode") not in (None, "uml"):
+        parts.append(str(c["mode"]))
+    parts += [f"{k.replace('_', ' ')} {c[k]}" for k in ROW_AXES if k in c]
     if c.get("metric") not in (None, summary.get("metric")):
         parts.append(str(c["metric"]))
     return ", ".join(parts) or str(summary["target"])
+
+
+def both_sides(
+    summary: Mapping[str, Any], c: Mapping[str, Any]
+) -> tuple[dict[Any, float], dict[Any, float]]:
+    """The values by seed that a row of the comparison compares: the baseline's, the other's."""
+    metric = metric_of(summary, c).name
+    first, second = compared(summary)
+
+    def values(mode: str, *keys: str) -> dict[Any, float]:
+        return {
+            r["seed"]: r[metric] for r in summary["results"]
+            if r["mode"] == mode and r.get(metric) is not None
+            and all(r.get(k) == c.get(k) for k in keys)
+        }  # fmt: skip
+
+    return values(first, "shots"), values(c.get("mode") or second, "shots", *ROW_AXES)
+
+
+def shots_text(shots: int) -> str:
+    """Training samples of each class; 0: all there are."""
+    return f"{shots} shot{'s' if shots != 1 else ''}" if shots else "all samples"
+
+
+def baseline_name(b: Mapping[str, Any]) -> str:
+    """Name of a baseline, with its shots where it has any."""
+    shots = b.get("shots")
+    return str(b["name"]) if shots is None else f"{b['name']}, {shots_text(shots)}"
 
 
 def baselines_of(summary: Mapping[str, Any], c: Mapping[str, Any]) -> list[Mapping[str, Any]]:
