@@ -23,7 +23,7 @@ from uml_fast.step import StepResult, TrainStep
 _train = TrainStep.__call__
 
 
-def _noting(self: TrainStep, batch: PackedBatch, step: int) -> StepResult:
+def _noting(self: TrainStep, batch: PackedBatch, step: int, flags: Any = ()) -> StepResult:
     if str(step) == os.environ.get("DIE_AT"):
         os.kill(os.getpid(), signal.SIGKILL)
     samples: dict[str, Any] = {}
@@ -33,7 +33,7 @@ def _noting(self: TrainStep, batch: PackedBatch, step: int) -> StepResult:
     line = json.dumps({"step": step, "rank": self.ranks.rank, "samples": samples})
     with Path(f"{os.environ['RECORD']}-{self.ranks.rank}").open("a") as file:
         file.write(line + "\n")
-    return _train(self, batch, step)
+    return _train(self, batch, step, flags)
 
 
 def small() -> RunConfig:

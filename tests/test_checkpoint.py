@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uml_fast import checkpoint
-from uml_fast.checkpoint import CheckpointError, StopSignal, load, load_latest, save
+from uml_fast.checkpoint import CheckpointError, load, load_latest, save
+from uml_fast.stop import StopSignal
 
 
 def tensors_of_every_kind() -> dict[str, torch.Tensor]:

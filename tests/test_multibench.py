@@ -20,7 +20,6 @@ from sklearn.preprocessing import StandardScaler
 
 from tests.plain_uml import PlainUml, adam, pad, uml_fast_state
 from uml_fast import train
-from uml_fast.checkpoint import StopSignal
 from uml_fast.config import ConfigError, MixConfig, RunConfig
 from uml_fast.data.multibench_files import BENCHMARKS, Dataset
 from uml_fast.data.multibench_made import write_benchmark
@@ -32,6 +31,7 @@ from uml_fast.model.transformer import multibench
 from uml_fast.pack import unpack_samples
 from uml_fast.recipes import load_recipe
 from uml_fast.start import plan_mix, resolve
+from uml_fast.stop import StopSignal
 from uml_fast.trial import Trial
 
 COUNTS = (60, 24, 24)

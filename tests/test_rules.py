@@ -20,13 +20,13 @@ PACKAGE = ROOT / "uml_fast"
 
 LAYERS = (
     ("networks", "config", "_native", "_native_cuda"),
-    ("native", "device", "files", "foreign", "profiling", "progress", "trace"),
+    ("native", "device", "files", "foreign", "profiling", "progress", "stop", "trace"),
     ("kernels",),
     ("pack", "layout", "schedule", "resume", "flops", "scaling"),
     ("modalities",),
     ("model", "objective", "compat", "nn"),
     ("data",),
-    ("optim", "distributed", "step", "checkpoint", "machine", "log"),
+    ("distributed", "parallel", "optim", "step", "checkpoint", "saving", "watch", "machine", "log"),
     ("encoders", "grid"),
     ("recipes", "doctor", "cli"),
     ("analysis", "measure", "meter"),

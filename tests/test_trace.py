@@ -127,10 +127,10 @@ def test_a_run_that_fails_or_is_stopped_has_its_trace(tmp_path: Path, monkeypatc
 
 
 def failing(call: Any, at: int) -> Any:
-    def step(self: TrainStep, batch: Any, number: int) -> Any:
+    def step(self: TrainStep, batch: Any, number: int, flags: Any) -> Any:
         if number == at:
             raise RuntimeError("out of memory")
-        return call(self, batch, number)
+        return call(self, batch, number, flags)
 
     return step
 

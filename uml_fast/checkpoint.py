@@ -1,4 +1,4 @@
-"""Checkpoints: a checksummed safetensors file per step, written atomically; and a flag to stop on.
+"""Checkpoints: checksummed safetensors files, written atomically, whole or a part for each rank.
 
 A file is ``step-<step>.safetensors`` and any safetensors reader opens it. Its header's
 ``__metadata__`` holds ``sha256`` (first, so at a fixed place), ``step`` and ``meta`` (JSON). The
@@ -7,6 +7,14 @@ extra byte anywhere is found. Nothing is ever unpickled.
 
 A write goes to ``step-<step>.safetensors.tmp``, is flushed to the disk and then renamed: a kill at
 any moment leaves the old checkpoints and at most one temporary file, which the next save removes.
+
+Ranks that share a model (FSDP) write a folder ``step-<step>``: each a file
+``part-<rank>-of-<ranks>.safetensors`` of the same kind with its rows of each tensor. Where they
+begin is in ``DCP_SHARDING_INFO``, as torch.distributed.checkpoint writes it for safetensors, so its
+``HuggingFaceStorageReader`` loads the folder too. (Its own writer has no checksum and no atomic
+rename, and plans each save over all ranks; its default format is a pickle.) The folder is
+``step-<step>.tmp`` until all parts are in it. Any number of ranks reads either kind, whole or in
+parts: ``load``.
 """
 
 from __future__ import annotations
@@ -16,13 +24,11 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import threading
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -31,6 +37,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
+OFFSETS = "DCP_SHARDING_INFO"
+"""Metadata of a part: JSON of name -> {"saved_offsets": first element of each dimension}."""
 HEADER_START = b'{"__metadata__":{"sha256":"'
 DIGEST_AT = 8 + len(HEADER_START)
 NO_DIGEST = b"0" * 64
@@ -63,6 +71,10 @@ class Checkpoint:
     """The JSON value that was saved (tuples come back as lists, integer keys as strings)."""
 
 
+Part = Callable[[str], tuple[int, int] | None]
+"""Name of a tensor -> first row and number of rows of it that are wanted; None: all."""
+
+
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Any, keep: int) -> Path:
     """Write a checkpoint so that it is either whole or absent, then drop old ones.
 
@@ -83,43 +95,108 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Any, keep
     """
     if step < 0 or keep < 1:
         raise ValueError(f"step is {step} and keep is {keep}; they must be >= 0 and >= 1")
-    header, ordered = _header(step, tensors, meta)
     path = folder / f"step-{step:09d}{SUFFIX}"
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    header, ordered = _header(step, tensors, {"meta": json.dumps(meta)})
+    with _saving(path):
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"step-*{SUFFIX}.tmp"):
             stale.unlink(missing_ok=True)
-        try:
-            _write(temporary, header, ordered)
-            temporary.replace(path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        _sync_folder(folder)
-    except OSError as e:
-        raise CheckpointError(
-            f"cannot write {path}: {e.strerror or e}; free space or choose a writable run folder. "
-            f"Earlier checkpoints in {folder} are intact"
-        ) from e
-    files = _newest_first(folder)
-    abandoned = [p for p in files if _step_of(p) > step]
-    for old in abandoned + files[len(abandoned) + keep :]:
-        with contextlib.suppress(OSError):
-            old.unlink()
+        _write(path, header, ordered)
+    _prune(folder, step, keep)
     return path
 
 
-def load(path: Path) -> Checkpoint:
-    """Read one checkpoint and verify its checksum.
+def save_part(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    offsets: Mapping[str, int],
+    meta: Any,
+    rank: int,
+    ranks: int,
+) -> Path:
+    """Write what ``rank`` of ``ranks`` that share a model holds; ``commit`` makes it count.
+
+    Args:
+        folder: directory of one trial's checkpoints; every rank sees it.
+        step: optimiser steps done.
+        tensors: this rank's rows of each tensor; those without any are left out.
+        offsets: first row of those that the ranks share; others are whole, on one rank alone.
+        meta: JSON value; that of rank 0 is the checkpoint's.
 
     Raises:
-        CheckpointError: the file is missing, torn or changed since it was written.
+        CheckpointError: as ``save``.
+    """
+    at = _temporary(folder, step)
+    path = at / f"part-{rank:05d}-of-{ranks:05d}{SUFFIX}"
+    kept = {name: t for name, t in tensors.items() if t.numel() or name not in offsets}
+    places = {
+        name: {"saved_offsets": [offsets.get(name, 0)] * (t.ndim > 0) + [0] * (t.ndim - 1)}
+        for name, t in kept.items()
+    }
+    header, ordered = _header(step, kept, {"meta": json.dumps(meta), OFFSETS: json.dumps(places)})
+    with _saving(path):
+        at.mkdir(parents=True, exist_ok=True)
+        _write(path, header, ordered)
+    return path
+
+
+def commit(folder: Path, step: int, ranks: int, keep: int) -> Path:
+    """Make the parts of all ranks a checkpoint, then drop old ones as ``save`` does.
+
+    Raises:
+        CheckpointError: parts are missing, or the folder cannot be renamed.
+    """
+    path, temporary = folder / f"step-{step:09d}", _temporary(folder, step)
+    with _saving(path):
+        parts = sorted(temporary.glob(f"part-*{SUFFIX}"))
+        if len(parts) != ranks:
+            raise CheckpointError(f"{temporary} has {len(parts)} of {ranks} parts")
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.replace(path)
+        _sync_folder(folder)
+    _prune(folder, step, keep)
+    return path
+
+
+def _temporary(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}.tmp"
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Drop what is older than the ``keep`` newest, and what a history that was left wrote later."""
+    files = newest_first(folder)
+    abandoned = [p for p in files if _step_of(p) > step]
+    stale = [p for p in folder.glob("step-*.tmp") if p.is_dir()]
+    for old in abandoned + files[len(abandoned) + keep :] + stale:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise CheckpointError(
+            f"cannot write {path}: {e.strerror or e}; free space or choose a writable run folder. "
+            f"Earlier checkpoints in {path.parent} are intact"
+        ) from e
+
+
+def load(path: Path, part: Part = lambda name: None) -> Checkpoint:
+    """Read one checkpoint, a file or a folder of parts, and verify its checksums.
+
+    Raises:
+        CheckpointError: it is missing, torn or changed since it was written.
     """
     try:
+        if path.is_dir():
+            return _load_parts(path, part)
         with path.open("rb") as file:
             _verify(file, path)
-            return _read(file)
+            return _read(file, part)
     except OSError as e:
         raise CheckpointError(f"cannot read {path}: {e.strerror or e}") from e
 
@@ -132,12 +209,25 @@ def load_latest(folder: Path) -> Checkpoint | None:
     Raises:
         CheckpointError: there are checkpoints and every one is broken.
     """
-    broken: list[str] = []
-    for path in _newest_first(folder):
+
+    def read(path: Path) -> tuple[Checkpoint | None, str]:
         try:
-            checkpoint = load(path)
+            return load(path), ""
         except CheckpointError as e:
-            broken.append(str(e))
+            return None, str(e)
+
+    return first_whole(folder, newest_first(folder), read)
+
+
+def first_whole(
+    folder: Path, paths: Sequence[Path], read: Callable[[Path], tuple[Checkpoint | None, str]]
+) -> Checkpoint | None:
+    """What ``read`` gives of the first path that is whole; where it gives None, it says why."""
+    broken: list[str] = []
+    for path in paths:
+        checkpoint, reason = read(path)
+        if checkpoint is None:
+            broken.append(reason)
             continue
         if broken:
             logger.warning("%s; continuing from %s", "; ".join(broken), path)
@@ -150,8 +240,9 @@ def load_latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _newest_first(folder: Path) -> list[Path]:
-    files = [p for p in folder.glob(f"step-*{SUFFIX}") if _step_of(p) >= 0]
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, whole or not."""
+    files = [p for p in folder.glob("step-*") if _step_of(p) >= 0]
     return sorted(files, key=_step_of, reverse=True)
 
 
@@ -160,12 +251,14 @@ def _step_of(path: Path) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def _header(step: int, tensors: Mapping[str, Tensor], meta: Any) -> tuple[bytes, list[Tensor]]:
+def _header(
+    step: int, tensors: Mapping[str, Tensor], more: Mapping[str, str]
+) -> tuple[bytes, list[Tensor]]:
     """The file's first bytes, the digest still zeros, and the tensors in the order they follow.
 
     The widest dtypes come first, so that each tensor is aligned in the file.
     """
-    metadata = {"sha256": NO_DIGEST.decode(), "step": str(step), "meta": json.dumps(meta)}
+    metadata = {"sha256": NO_DIGEST.decode(), "step": str(step), **more}
     entries: dict[str, Any] = {"__metadata__": metadata}
     ordered, end = [], 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
@@ -188,17 +281,25 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _write(path: Path, header: bytes, tensors: list[Tensor]) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
     digest = hashlib.sha256(header)
-    with path.open("wb") as file:
-        file.write(header)
-        for tensor in tensors:
-            data = _bytes_of(tensor)
-            digest.update(data)
-            file.write(data)
-        file.seek(DIGEST_AT)
-        file.write(digest.hexdigest().encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(header)
+            for tensor in tensors:
+                data = _bytes_of(tensor)
+                digest.update(data)
+                file.write(data)
+            file.seek(DIGEST_AT)
+            file.write(digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -224,59 +325,76 @@ def _verify(file: BufferedReader, path: Path) -> None:
     file.seek(0)
 
 
-def _read(file: BufferedReader) -> Checkpoint:
+def _read(file: BufferedReader, part: Part) -> Checkpoint:
     """The content of a verified file."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header, start = _entries(file)
     metadata = header.pop("__metadata__")
     tensors = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
-        start, end = entry["data_offsets"]
-        data = torch.empty(end - start, dtype=torch.uint8)
-        file.readinto(data.numpy().data)
-        tensors[name] = data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = _rows(file, start, entry, part(name))
     return Checkpoint(int(metadata["step"]), tensors, json.loads(metadata["meta"]))
 
 
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a flag read between steps; a second Ctrl-C interrupts at once.
+def _entries(file: BufferedReader) -> tuple[dict[str, Any], int]:
+    """The header, and where the data begins."""
+    size = int.from_bytes(file.read(8), "little")
+    header: dict[str, Any] = json.loads(file.read(size))
+    return header, 8 + size
 
-    The handlers that were there before come back on exit. Outside the main thread, where Python
-    takes no handlers, the flag stays down.
 
-    Example:
-        with StopSignal() as stop:
-            while step < steps and not stop:
-                ...
-    """
+def _rows(
+    file: BufferedReader, start: int, entry: Mapping[str, Any], rows: tuple[int, int] | None
+) -> Tensor:
+    """A tensor of a file, or ``rows`` (first, number) of it."""
+    begin, end = entry["data_offsets"]
+    shape = list(entry["shape"])
+    if rows is not None and shape:
+        stride = (end - begin) // max(1, shape[0])
+        shape[0] = rows[1]
+        begin, end = begin + rows[0] * stride, begin + (rows[0] + rows[1]) * stride
+    data = torch.empty(end - begin, dtype=torch.uint8)
+    file.seek(start + begin)
+    file.readinto(data.numpy().data)
+    return data.view(DTYPES[entry["dtype"]]).reshape(shape)
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        """The first signal that arrived, or None."""
-        self._interrupts = 0
-        self._previous: dict[signal.Signals, Any] = {}
 
-    def __bool__(self) -> bool:
-        return self.received is not None
+def _load_parts(path: Path, part: Part) -> Checkpoint:
+    """A checkpoint of several files; the first and those with wanted rows are verified and read."""
+    files = sorted(path.glob(f"part-*{SUFFIX}"))
+    if not files or len(files) != int(files[0].stem.rpartition("-")[2]):
+        raise CheckpointError(f"{path} lacks parts, it has {len(files)}")
+    meta: Any = None
+    pieces: dict[str, list[Tensor]] = {}
+    for i, name in enumerate(files):
+        with name.open("rb") as file:
+            try:
+                header, start = _entries(file)
+                metadata = header.pop("__metadata__")
+                places = json.loads(metadata[OFFSETS])
+                meta = json.loads(metadata["meta"]) if i == 0 else meta
+                wanted = {
+                    key: _overlap(
+                        (places[key]["saved_offsets"] or [0])[0], entry["shape"], part(key)
+                    )
+                    for key, entry in header.items()
+                }
+            except (ValueError, KeyError, OverflowError, MemoryError):
+                raise CheckpointError(f"{name} is torn or not a part of a checkpoint") from None
+            if i == 0 or any(rows[1] for rows in wanted.values()):
+                file.seek(0)
+                _verify(file, name)
+            for key, entry in header.items():
+                pieces.setdefault(key, []).append(_rows(file, start, entry, wanted[key]))
+    tensors = {
+        key: found[0] if len(found) == 1 else torch.cat(found) for key, found in pieces.items()
+    }
+    return Checkpoint(_step_of(path), tensors, meta)
 
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous.clear()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = self.received or signal.Signals(number)
-        if number == signal.SIGINT:
-            self._interrupts += 1
-            if self._interrupts > 1:
-                raise KeyboardInterrupt
+def _overlap(first: int, shape: Sequence[int], wanted: tuple[int, int] | None) -> tuple[int, int]:
+    """Which rows (first, number) of a piece that begins at row ``first`` are wanted."""
+    rows = shape[0] if shape else 1
+    if wanted is None or not shape:
+        return 0, rows
+    begin, end = max(first, wanted[0]), min(first + rows, wanted[0] + wanted[1])
+    return (begin - first, end - begin) if end > begin else (0, 0)

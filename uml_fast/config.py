@@ -177,6 +177,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistConfig:
+    """Several processes that train one model together (docs/distributed.md)."""
+
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: the whole model on each rank; fsdp: in shards; auto: fsdp if it fills half a GPU."""
+    shard_ranks: int = 0
+    """Ranks that hold one model together under fsdp, such as a node's (HSDP); 0: all of them."""
+    timeout_s: float = 600.0
+    """Seconds without progress after which a run ends, naming the rank that hangs."""
+
+    def __post_init__(self) -> None:
+        require(self.shard_ranks >= 0, "dist.shard_ranks must not be negative")
+        require(
+            self.shard_ranks == 0 or self.strategy != "ddp",
+            "dist.shard_ranks needs --dist.strategy fsdp: under ddp every rank holds all weights",
+        )
+        require(self.timeout_s > 0, f"dist.timeout_s is {self.timeout_s}; it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One run: every mode for every seed, then the comparison."""
 
@@ -200,6 +220,8 @@ class RunConfig:
     """Evaluation of the target modality."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    dist: DistConfig = field(default_factory=DistConfig)
+    """Several processes that train one model together."""
     steps: int = 1000
     """Optimiser steps of each trial."""
     epochs: float = 0.0

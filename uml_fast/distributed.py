@@ -29,10 +29,12 @@ from uml_fast.config import ConfigError
 
 T = TypeVar("T")
 
-TIMEOUT_S = 1800.0
-"""Seconds that a rank waits for the others; the longest wait is for the first rank's evaluation."""
+_PATIENCE = timedelta(days=30)
+"""How long ranks wait for what the first one alone does, such as an evaluation."""
 BUCKET_BYTES = 25 << 20
 """Gradients summed at a time: DDP's size, large enough for the bandwidth of NVLink."""
+_NAMING_S = 30.0
+"""Seconds for naming the rank that hangs, before sums with it fail."""
 _END_S = 20.0
 """Seconds that a rank leaves the one that failed first for closing and showing its error."""
 
@@ -44,8 +46,17 @@ class RanksError(RuntimeError):
 class Ranks:
     """This process among those that train together. All of them call the same methods in turn."""
 
-    def __init__(self, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        store: dist.Store | None = None,
+        patient: dist.ProcessGroup | None = None,
+    ) -> None:
         self.rank, self.world = rank, world
+        self.store = store
+        """For threads beside training: a connection of its own to torchrun's store."""
+        self._patient = patient
 
     @property
     def is_first(self) -> bool:
@@ -57,17 +68,22 @@ class Ranks:
         if self.world == 1:
             return flag
         value = torch.tensor([float(flag)])
-        with _talking():
+        with talking():
             dist.all_reduce(value)
         return bool(value.item() > 0)
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns on the first rank, the only one that calls it."""
+        """What ``function`` returns on the first rank, the only one that calls it.
+
+        The others wait as long as it takes, and end if the first rank is gone.
+        """
         if self.world == 1:
             return function()
         value = [function() if self.is_first else None]
-        with _talking():
-            dist.broadcast_object_list(value, src=0, device=torch.device("cpu"))
+        with talking():
+            dist.broadcast_object_list(
+                value, src=0, group=self._patient, device=torch.device("cpu")
+            )
         found: T = value[0]  # type: ignore[assignment]
         return found
 
@@ -76,19 +92,35 @@ class Ranks:
         if self.world == 1:
             return [value]
         found: list[T] = [value] * self.world
-        with _talking():
+        with talking():
             dist.all_gather_object(found, value)
         return found
+
+    def is_done(self, what: str, parts: int) -> bool:
+        """Whether the first ``parts`` ranks have said that they did ``what``."""
+        assert self.store is not None
+        return self.store.check([f"done {what} {rank}" for rank in range(parts)])
+
+    def done(self, what: str) -> None:
+        """Say, from any thread, that this rank did ``what``."""
+        assert self.store is not None
+        self.store.set(f"done {what} {self.rank}", "")
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Overwrite ``tensors`` with those of the first rank."""
         if self.world > 1:
             _in_buckets(tensors, lambda flat: dist.broadcast(flat, src=0, async_op=True))
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite ``tensors`` with their sums over the ranks; the same bits on every rank."""
-        if self.world > 1:
-            _in_buckets(tensors, lambda flat: dist.all_reduce(flat, async_op=True))
+    def start_sum(self, tensor: Tensor) -> Callable[[], None]:
+        """Begin to overwrite ``tensor`` with its sum over the ranks; returns what waits for it."""
+        with talking():
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def wait() -> None:
+            with talking():
+                work.wait()
+
+        return wait
 
 
 ALONE = Ranks()
@@ -96,7 +128,7 @@ ALONE = Ranks()
 
 
 @contextlib.contextmanager
-def join_ranks(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
+def join_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
     """The ranks that torchrun started, for as long as the context lasts; ``ALONE`` without it.
 
     ``device`` is that of the configuration: each rank gets the GPU of its local number, unless it
@@ -114,15 +146,20 @@ def join_ranks(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     if on_cuda:
         _choose_gpu(device)
     wait = timedelta(seconds=timeout_s)
-    store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+    store, rank, world = _meet(wait)
     store.set_timeout(wait)
-    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     shared = dist.PrefixStore("ranks", store)
-    dist.init_process_group(backend, store=shared, rank=rank, world_size=world, timeout=wait)
+    # a step that hangs is named (watch.py) before a sum that waits for it gives up
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=shared, rank=rank, world_size=world,
+        timeout=wait + timedelta(seconds=_NAMING_S),
+    )  # fmt: skip
+    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     if rank > 0:
         logging.getLogger("uml_fast").setLevel(logging.WARNING)
     try:
-        yield Ranks(rank, world)
+        yield Ranks(rank, world, _own_connection(store), patient)
     except (Exception, KeyboardInterrupt):
         if _is_first_error(store, rank):
             raise
@@ -131,7 +168,34 @@ def join_ranks(device: str, timeout_s: float = TIMEOUT_S) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def _meet(wait: timedelta) -> tuple[dist.Store, int, int]:
+    """The store that all ranks share, this rank and their number, as torchrun says it."""
+    try:
+        return next(dist.rendezvous("env://", timeout=wait))
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise RanksError(
+            f"no meeting of the ranks at {where} ({str(error).splitlines()[0]}). Start them with "
+            "torchrun; if the port is in use, name another one (torchrun --master-port)"
+        ) from error
+
+
+def _own_connection(store: dist.Store) -> dist.Store:
+    """The same keys over another connection, so that no thread waits for another's answer."""
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    assert isinstance(store, dist.TCPStore)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"threads {attempt}", own)
+
+
 def _choose_gpu(device: str) -> None:
+    if not dist.is_nccl_available():
+        raise ConfigError(
+            "this PyTorch has no NCCL, through which GPUs exchange gradients; install a CUDA build "
+            "(uml-fast doctor), or train on CPUs: --device cpu"
+        )
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if device not in ("auto", "cuda"):
         raise ConfigError(f"device {device!r} is one GPU, each rank takes its own: --device cuda")
@@ -159,7 +223,7 @@ def _wait_for_end() -> None:
 
 
 @contextlib.contextmanager
-def _talking() -> Iterator[None]:
+def talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -175,10 +239,10 @@ def _in_buckets(tensors: Sequence[Tensor], start: Callable[[Tensor], dist.Work])
     running = []
     for bucket in _buckets(tensors):
         flat = torch.cat([t.detach().reshape(-1) for t in bucket])
-        with _talking():
+        with talking():
             running.append((bucket, flat, start(flat)))
     for bucket, flat, work in running:
-        with _talking():
+        with talking():
             work.wait()
         parts = flat.split([t.numel() for t in bucket])
         for tensor, part in zip(bucket, parts, strict=True):

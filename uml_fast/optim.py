@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from uml_fast.config import OptimConfig
+from uml_fast.parallel import like
 
 RELEASED_FIRST_RATE = 1e-5
 """Learning rate of step 0 in the authors' code, whatever the rate of the others."""
@@ -58,11 +60,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Inverse of ``optimizer_tensors``."""
+    """Inverse of ``optimizer_tensors``; of shared parameters ``tensors`` has this rank's rows."""
     by_name = dict(model.named_parameters())
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("/", 1)
         parameter = by_name[name]
-        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+        copied = value.to(parameter.device, copy=True)
+        optimizer.state[parameter][key] = like(parameter, copied) if value.ndim else copied

@@ -27,8 +27,8 @@ from uml_fast.recipes import RECIPE_MODULE, import_file
 
 logger = logging.getLogger("uml_fast")
 
-_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint", "trace", "profile",
-             "data.max_errors", "data.cache", "data.keep_mib")  # fmt: skip
+_MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint", "dist", "trace",
+             "profile", "data.max_errors", "data.cache", "data.keep_mib")  # fmt: skip
 """Fields in which a continued run may differ from its folder's: they do not change a trial."""
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from uml_fast import log
-from uml_fast.checkpoint import StopSignal
 from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
@@ -24,6 +23,7 @@ from uml_fast.report import print_table, write_report
 from uml_fast.report.probes import probe_lines
 from uml_fast.run import locked, open_run, write_json
 from uml_fast.start import resolve
+from uml_fast.stop import StopSignal
 from uml_fast.summary import describe_samples, summarise
 from uml_fast.trace import Trace
 from uml_fast.train_heads import train_heads
@@ -47,7 +47,7 @@ def train(config: RunConfig | GridConfig) -> Path | None:
     if isinstance(config, GridConfig):
         return train_heads(config)
     config = resolve(config)
-    with join_ranks(config.device) as ranks:
+    with join_ranks(config.device, config.dist.timeout_s) as ranks:
         folder = ranks.from_first(lambda: _open(config))
         with locked(folder) if ranks.is_first else contextlib.nullcontext():
             return folder if _train_all(config, folder, ranks) else None

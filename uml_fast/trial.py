@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,18 @@ from uml_fast.measure import (
     run_metric,
 )
 from uml_fast.meter import Meter, combine
+from uml_fast.model.uml import Uml
 from uml_fast.optim import learning_rate, load_optimizer_tensors, optimizer_tensors
 from uml_fast.pack import Layout
+from uml_fast.parallel import choose, like, local, whole
 from uml_fast.resume import State, join
 from uml_fast.run import write_json
+from uml_fast.saving import Saver, hold, load_on_all
 from uml_fast.start import build_model, plan_mix, shares_of
 from uml_fast.step import StepResult, TrainStep
+from uml_fast.stop import StopSignal
 from uml_fast.trace import Trace, span
+from uml_fast.watch import Watch
 
 logger = logging.getLogger("uml_fast")
 
@@ -61,7 +68,12 @@ class Trial:
         self.mix, self.layouts = plan_mix(run_config, mode, self.task, seed)
         self.model = build_model(config, self.task, seed).to(self.device)
         ranks.copy_first(list(self.model.state_dict().values()))
+        is_shared = choose(config.dist, self.model, ranks, self.device) == "fsdp"
+        self.whole = copy.deepcopy(self.model).cpu() if is_shared and ranks.is_first else None
+        """Where weights that ranks share come together to be evaluated, on the first rank."""
         self.train_step = TrainStep(self.model, config, seed, ranks)
+        checkpoints = self.folder / "checkpoints"
+        self.saver = Saver(checkpoints, config.checkpoint.keep, ranks, config.dist.timeout_s)
         self.evaluated: tuple[PackedSource, PackedSource] | None = None
         """Training and validation samples of the target, on the rank that evaluates."""
         if ranks.is_first:
@@ -75,12 +87,14 @@ class Trial:
         self.best_weights: dict[str, Tensor] = {}
         self.unchecked: list[tuple[int, Tensor, Layout, Tensor]] = []
         """Steps whose loss was not read yet: (step, loss, layout, sample of each slot)."""
+        self.flag = torch.zeros(())
+        """Of the step before: on how many ranks a stop was asked for."""
         self.last: tuple[int, Tensor, Layout, Tensor] | None = None
         """The newest step whose loss was read."""
 
     def run(
         self,
-        stop: checkpoint.StopSignal,
+        stop: StopSignal,
         log: RunLog | SilentLog,
         trace: Trace | None = None,
         after_step: Callable[[], None] = lambda: None,
@@ -101,42 +115,52 @@ class Trial:
             TrainingError: a loss or the weights are not finite.
         """
         config = self.config
-        with self._loader(trace) as loader:
+        with (
+            self._loader(trace) as loader,
+            Watch(self.ranks, config.dist.timeout_s, self.folder) as watch,
+        ):
             self._resume(loader)
             log.begin(self.mode, self.seed, resumed_step=self.step)
             meter = Meter(self.model, config, self.task.train, loader, self.device)
-            is_over = self._is_over(loader)
+            is_over = not self.ranks.any(not self._is_over(loader))
             while not (is_over or self._is_patience_over()):
+                watch.tick(f"step {self.step + 1}")
                 with span(trace, "wait for a pack"):
                     batch, _ = next(loader)
                 with span(trace, "step", step=self.step + 1):
-                    result = self.train_step(batch, self.step)
+                    goes_on = not self._is_over(loader, after=1)
+                    result = self.train_step(batch, self.step, (bool(stop), goes_on))
                 after_step()
                 self.unchecked.append(
                     (self.step, result.loss, batch.layout, batch.sample_S.clone())
                 )
                 self.step += 1
-                is_last = is_over = self._is_over(loader)
+                if result.flags is not None and config.mix.stop_with:
+                    goes_on = bool(result.flags[1])
+                is_last = is_over = not goes_on
                 is_logged = is_last or self._is_due(config.log_every)
                 if is_logged or self.device.type == "cpu":
                     self._check_finite()
                 record = self._record(result, meter) if is_logged else {}
                 if config.eval.every and (is_last or self._is_due(config.eval.every)):
-                    with span(trace, "validation"):
+                    with span(trace, "validation"), watch.paused():
                         record["val"] = self._validate()
                     meter.restart()
                 if record:
                     log.write(self.step, **record)
                 is_last = is_last or self._is_patience_over()
-                is_stopping = self.ranks.any(bool(stop)) and not is_last
+                is_stopping = self._is_stopping(result, stop) and not is_last
+                self.saver.check()
                 if is_last or is_stopping or self._is_due(config.checkpoint.every):
                     with span(trace, "checkpoint"):
                         self._save(loader)
                     meter.restart()
                 if is_stopping:
+                    self.saver.wait()
                     raise Stopped
+            self.saver.wait()
         log.end()
-        return self.ranks.from_first(self._result)
+        return self._result()
 
     def _loader(self, trace: Trace | None) -> Loader:
         return Loader(
@@ -145,13 +169,24 @@ class Trial:
             rank=self.ranks.rank, world=self.ranks.world,
         )  # fmt: skip
 
-    def _is_over(self, loader: Loader) -> bool:
-        """Whether all steps are done, or the modality that the trial stops with has ended."""
+    def _is_over(self, loader: Loader, after: int = 0) -> bool:
+        """Whether ``after`` more steps are all, or the modality that the trial stops with ends."""
         mix = self.config.mix
         seen = loader.epochs() if mix.stop_with else {}
-        if self.step == self.config.steps or mix.stop_with not in seen:
-            return self.step == self.config.steps
-        return not self.ranks.any(seen[mix.stop_with] < mix.stop_epochs)
+        has_ended = mix.stop_with in seen and seen[mix.stop_with] >= mix.stop_epochs
+        return has_ended or self.step + after >= self.config.steps
+
+    def _is_stopping(self, result: StepResult, stop: StopSignal) -> bool:
+        """Whether a rank was asked to stop, as the sums of a step said it to all.
+
+        On a GPU those of the step before, which are there already.
+        """
+        if result.flags is None:
+            return bool(stop)
+        flag = result.flags[0]
+        if self.device.type == "cuda":
+            flag, self.flag = self.flag, flag
+        return bool(flag)
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -178,8 +213,8 @@ class Trial:
 
     def _check_weights(self) -> None:
         """Stop at weights that are not finite, before they are saved or measured."""
-        norms = torch.stack(torch._foreach_norm(list(self.model.parameters())))
-        if not torch.isfinite(norms).all() and self.last is not None:
+        norms = torch.stack(torch._foreach_norm([local(p) for p in self.model.parameters()]))
+        if self.ranks.any(not torch.isfinite(norms).all()) and self.last is not None:
             step, _, layout, samples = self.last
             self._stop_at(step, "the weights are not finite", layout, samples.tolist())
 
@@ -196,6 +231,7 @@ class Trial:
         if self.ranks.is_first:
             write_json(path, {"step": step + 1, "what": what, "samples": keys})
         try:
+            self.saver.wait()
             newest = checkpoint.load_latest(self.folder / "checkpoints")
             kept = f"the checkpoint of step {newest.step} is kept" if newest else "none was saved"
         except checkpoint.CheckpointError as e:
@@ -207,7 +243,8 @@ class Trial:
 
     def _validate(self) -> float:
         """The metric on the validation samples; remembers the best weights if patience is set."""
-        value = self.ranks.from_first(self._metric)
+        weights = whole(self.model.state_dict())
+        value = self.ranks.from_first(lambda: self._metric(weights))
         if self.config.eval.patience:
             sign = -1 if self.config.metric == "error" else 1
             if self.best["metric"] is None or sign * value > sign * self.best["metric"]:
@@ -219,9 +256,20 @@ class Trial:
                 self.best["failures"] += 1
         return value
 
-    def _metric(self) -> float:
+    def _metric(self, weights: dict[str, Tensor]) -> float:
         assert self.evaluated is not None
-        return run_metric(self.model, self.config, *self.evaluated, self.task.class_names)
+        with self._plain(weights) as model:
+            return run_metric(model, self.config, *self.evaluated, self.task.class_names)
+
+    @contextlib.contextmanager
+    def _plain(self, weights: dict[str, Tensor]) -> Iterator[Uml]:
+        """A model that one rank can evaluate alone."""
+        if self.whole is None:
+            yield self.model
+            return
+        self.whole.to(self.device).load_state_dict(weights)
+        yield self.whole
+        self.whole.cpu()
 
     def _is_patience_over(self) -> bool:
         patience = self.config.eval.patience
@@ -230,9 +278,7 @@ class Trial:
     def _save(self, loader: Loader) -> None:
         self._check_finite()
         self._check_weights()
-        state = join(self.ranks.gather(loader.state_dict()))
-        if self.ranks.is_first:
-            self._write(state)
+        self._write(join(self.ranks.gather(loader.state_dict())))
 
     def _write(self, loader_state: State) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
@@ -245,23 +291,28 @@ class Trial:
             "loader": loader_state,
             "best": self.best,
         }
-        keep = self.config.checkpoint.keep
-        checkpoint.save(self.folder / "checkpoints", self.step, tensors, meta, keep)
+        held = hold(tensors, self.ranks)
+        if held is not None:
+            self.saver.save(self.step, held, meta)
 
     def _resume(self, loader: Loader) -> None:
         newest = self.folder / "checkpoints"
-        saved = self.ranks.from_first(lambda: checkpoint.load_latest(newest))
+        own = self.model.state_dict()
+        saved = load_on_all(newest, own, self.ranks)
         if saved is None:
             return
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {
-                k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)
-            }
+            names = [k.removeprefix(prefix) for k in saved.tensors if k.startswith(prefix)]
+            return {k: like(own[k], saved.tensors[prefix + k]) for k in names}
 
         self.model.load_state_dict(part("model/"))
         self.best_weights, self.best = part("best/"), saved.meta["best"]
-        load_optimizer_tensors(self.train_step.optimizer, self.model, part("optimizer/"))
+        prefix = "optimizer/"
+        state = {
+            k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)
+        }
+        load_optimizer_tensors(self.train_step.optimizer, self.model, state)
         try:
             loader.load_state_dict(saved.meta["loader"])
         except ValueError as e:
@@ -273,17 +324,22 @@ class Trial:
         logger.info("%s seed %d: continues at step %d", self.mode, self.seed, self.step)
 
     def _result(self) -> dict[str, Any]:
+        weights = whole(self.best_weights or self.model.state_dict())
+        return self.ranks.from_first(lambda: self._measure(weights))
+
+    def _measure(self, weights: dict[str, Tensor]) -> dict[str, Any]:
         assert self.evaluated is not None
-        if self.best_weights:
-            self.model.load_state_dict(self.best_weights)
+        if self.best_weights and self.whole is None:
+            self.model.load_state_dict(weights)
         test = pack_source(self.task.test, self.device, self.config)
         target, validation = self.evaluated
         names = self.task.class_names
-        measured = measure(self.model, self.config, target, test, names, validation)
         probes: dict[str, dict[str, float]] = {}
-        if self.task.aligned and self.config.eval.probe:
-            aligned = AlignedSources.of(self.task, self.config, self.device)
-            probes = aligned_probes(self.model, self.config, aligned, names)
+        with self._plain(weights) as model:
+            measured = measure(model, self.config, target, test, names, validation)
+            if self.task.aligned and self.config.eval.probe:
+                aligned = AlignedSources.of(self.task, self.config, self.device)
+                probes = aligned_probes(model, self.config, aligned, names)
         return {
             "mode": self.mode, "seed": self.seed, "shots": None, "steps": self.step,
             "probe": measured.probe, "head": measured.head, "error": measured.error,

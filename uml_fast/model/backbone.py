@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from uml_fast.pack import PackedBatch
@@ -14,6 +16,10 @@ class Backbone(nn.Module):
     """Features of a hidden row, which decoders read."""
     embedding_width: int
     """Features of an embedding, which heads and probes read."""
+
+    def units(self) -> Sequence[nn.Module]:
+        """Parts that every pack calls, in turn, each with weights of its own: FSDP's units."""
+        return ()
 
     def forward(
         self, tokens_TD: Tensor, batch: PackedBatch, rng_key: Tensor | None

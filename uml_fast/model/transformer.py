@@ -7,6 +7,7 @@ the tokens that enter; the residual stream is fp32 under pre-norm and in that dt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -146,6 +147,9 @@ class Transformer(Backbone):
         self.embedding = (
             Linear(config.width, config.embedding, bias=False) if config.embedding else None
         )
+
+    def units(self) -> Sequence[nn.Module]:
+        return tuple(self.blocks)
 
     def forward(
         self, tokens_TD: Tensor, batch: PackedBatch, rng_key: Tensor | None
