@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from uml_fast.checkpoint import StopSignal
 from uml_fast.config import ConfigError, require
 from uml_fast.grid import HeadData, train_grid
 from uml_fast.grid.data import GridData
@@ -22,6 +21,7 @@ from uml_fast.heads import baselines, summarise_heads
 from uml_fast.progress import StatusLine, duration
 from uml_fast.report import print_table, write_report
 from uml_fast.run import locked, open_run, write_json
+from uml_fast.stop import StopSignal
 
 _MATRICES_BYTES = 1 << 29
 """Memory for the matrices of heads that are trained in one call."""
