@@ -112,7 +112,7 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 def test_unknown_names_get_the_nearest(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = recipe.removesuffix(":tiny")
     for arguments, expected in (
-        (["gausian"], "unknown recipe 'gausian'; did you mean gaussian?"),
+        (["gausian"], "unknown recipe 'gausian'; did you mean gaussian"),
         (["zzz"], f"there are: {', '.join(recipes.RECIPES)} (your own recipe is path/to"),
         ([f"{path}:tinny"], "unknown function 'tinny'; did you mean tiny?"),
         ([path], "add the function that returns the run"),

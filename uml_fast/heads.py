@@ -7,13 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional as F
-
 from uml_fast.analysis.statistics import correct_rows, mean_interval, paired_comparison
 from uml_fast.config import ConfigError
 from uml_fast.files import replace_file
-from uml_fast.grid import HeadData, few_shot
+from uml_fast.grid.baselines import simple_methods
 from uml_fast.grid.data import GridData
 from uml_fast.grid.results import Head, load_heads
 from uml_fast.grid.run import UNIMODAL, GridConfig
@@ -89,32 +86,22 @@ def export_head(
 
 
 def baselines(config: GridConfig) -> list[dict[str, Any]]:
-    """Nearest class mean by cosine on the target's features, for every number of shots."""
+    """Simple methods on the target's features alone, for every number of shots."""
     out = []
-    loaded: dict[tuple[int, int], GridData] = {}
+    data = None if config.data.varies else config.data.load(config.modalities, 0, 0)
     for shots in config.shots:
-        accuracies = []
+        found: dict[str, list[float]] = {}
         for seed in range(config.seed, config.seed + config.seeds):
-            key = (seed, shots) if config.data.varies else (0, 0)
-            if key not in loaded:
-                loaded = {key: config.data.load(config.modalities, seed, shots)}
-            accuracies.append(nearest_mean(loaded[key].heads, shots, seed))
-        found = mean_interval(accuracies)
-        out.append({
-            "name": "nearest class mean", "shots": shots, "mean": found.mean,
-            "ci95_low": found.ci95_low, "ci95_high": found.ci95_high, "n": found.n,
-        })  # fmt: skip
+            own = data or config.data.load(config.modalities, seed, shots)
+            for name, accuracy in simple_methods(own.heads, shots, seed).items():
+                found.setdefault(name, []).append(accuracy)
+        for name, accuracies in found.items():
+            mean = mean_interval(accuracies)
+            out.append({
+                "name": name, "shots": shots, "mean": mean.mean,
+                "ci95_low": mean.ci95_low, "ci95_high": mean.ci95_high, "n": mean.n,
+            })  # fmt: skip
     return out
-
-
-def nearest_mean(data: HeadData, shots: int, seed: int) -> float:
-    """Test accuracy, 0..1, of the class whose mean training sample is nearest by cosine."""
-    train = data.train[data.target]
-    chosen = torch.from_numpy(few_shot(train.labels, shots, seed, data.target)).long()
-    rows, labels = F.normalize(train.rows[chosen]), train.labels[chosen]
-    sums = torch.zeros(data.classes, train.width).index_add_(0, labels, rows)
-    nearest = (F.normalize(data.test.rows) @ F.normalize(sums).T).argmax(1)
-    return float((nearest == data.test.labels).float().mean())
 
 
 def summarise_heads(

@@ -108,7 +108,7 @@ def test_a_run_chooses_by_validation_and_compares_with_paired_seeds(
     assert rows[1]["paired_diff_mean"] == pytest.approx(
         sum(with_text[s] - alone[s] for s in (1, 2)) / 2
     )
-    assert [b["shots"] for b in summary["baselines"]] == [1, 4]
+    assert [b["shots"] for b in summary["baselines"]] == [1, 1, 4, 4]
     page = (out / "report.html").read_text()
     assert "4 shots, uml_init" in page and "nearest class mean, 1 shot" in page
     shown = capsys.readouterr().out

@@ -34,6 +34,9 @@ class VariantConfig:
     """Target first; the head lives in the feature space of the last one."""
     init: str = "random"
     """random, or the modality whose class means start the head ("Ours (init)")."""
+    is_control: bool = False
+    """The same network, without the losses of the auxiliaries: what a gain owes to projection and
+    first weights and not to their samples."""
 
     def __post_init__(self) -> None:
         require(
@@ -183,13 +186,14 @@ class GridConfig:
     def cells(self) -> Iterator[GridCell]:
         """Every head of the run, the order in which equal ones are preferred."""
         everyone = (None, *self.variants)
-        points = {v: self._points(is_alone=v is None) for v in everyone}
+        points = {v: self._points(is_alone=v is None or v.is_control) for v in everyone}
         axes = itertools.product(*(getattr(self.search, r) for r in self.rows))
         tabulated = [dict(zip(self.rows, values, strict=True)) for values in axes]
         for seed in range(self.seed, self.seed + self.seeds):
             for shots in self.shots:
                 for variant in everyone:
-                    for row in [{}] if variant is None else tabulated:
+                    is_alone = variant is None or variant.is_control
+                    for row in [{}] if is_alone else tabulated:
                         for point in points[variant]:
                             yield self._cell(variant, shots, seed, row, point)
 
@@ -203,6 +207,8 @@ class GridConfig:
         point: dict[str, Any],
     ) -> GridCell:  # fmt: skip
         values = {**point, **row}
+        if variant is not None and variant.is_control:
+            values["alpha"] = 0.0
         texts = values.pop("auxiliary_shots", 0)
         cell = Cell(
             modalities=(self.target,) if variant is None else variant.modalities,

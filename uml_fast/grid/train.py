@@ -110,9 +110,7 @@ def train_grid(
 
 
 def _begin(data: HeadData, number: int, cell: Cell) -> _Progress:
-    shots = min(_MOST_SHOTS, cell.shots)
-    held_out = few_shot(data.validation.labels, shots, cell.seed, "validation")
-    return _Progress(number, cell, chosen_samples(data, cell), held_out)
+    return _Progress(number, cell, chosen_samples(data, cell), validation_samples(data, cell))
 
 
 def _lesson(progress: _Progress, schedule: HeadSchedule) -> Lesson:
@@ -151,6 +149,12 @@ def chosen_samples(data: HeadData, cell: Cell) -> tuple[np.ndarray, ...]:
     return tuple(
         few_shot(data.train[m].labels, cell.shots_of(m), cell.seed, m) for m in cell.modalities
     )
+
+
+def validation_samples(data: HeadData, cell: Cell) -> np.ndarray:
+    """int32 validation samples that a cell is compared with: as many shots, at most 4 a class."""
+    shots = min(_MOST_SHOTS, cell.shots)
+    return few_shot(data.validation.labels, shots, cell.seed, "validation")
 
 
 def next_lesson(

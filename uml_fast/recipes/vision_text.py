@@ -30,6 +30,16 @@ def vision_text() -> GridConfig:
     )
 
 
+def vision_text_control() -> GridConfig:
+    """vision_text, and both of its networks without the text's loss: is a gain the text's?"""
+    config = vision_text()
+    network = VariantConfig(name="network", is_control=True)
+    started = VariantConfig(name="network_init", init="text", is_control=True)
+    return dataclasses.replace(
+        config, recipe="vision_text_control", variants=(*config.variants, network, started)
+    )
+
+
 def vision_text_clip() -> GridConfig:
     """The same for aligned encoders (CLIP): no projection, fixed scale 100, patience 5.
 
