@@ -37,6 +37,7 @@ LAYERS = (
         "search",
         "evaluate",
         "observe",
+        "observe_grid",
         "analyse",
         "export",
         "plan",

@@ -18,6 +18,7 @@ from uml_fast.cli import run_main
 from uml_fast.config import ConfigError, RunConfig, require
 from uml_fast.data.source import DataError
 from uml_fast.evaluate import finished_trials, load_model
+from uml_fast.grid.run import UNIMODAL, GridConfig
 from uml_fast.observe import (
     Observed,
     look,
@@ -26,43 +27,117 @@ from uml_fast.observe import (
     open_shifted,
     shift_findings,
 )
+from uml_fast.observe_grid import (
+    ChosenHead,
+    Loaded,
+    chosen_heads,
+    look_at_head,
+    mean_words,
+    open_shifted_features,
+    rate_findings,
+    settings_of,
+    shifted_heads,
+)
 from uml_fast.progress import StatusLine, duration
 from uml_fast.report import print_analyses, write_report
 from uml_fast.report.table import mode_name
-from uml_fast.run import read_config, write_json
+from uml_fast.run import read_any_config, write_json
 
 ANALYSIS = "analysis.json"
 """Name of the file in a run's folder."""
 
 
 def analyse(
-    folder: Path, shifted: Mapping[str, str] | None = None, pairs: Mapping[str, str] | None = None
+    folder: Path,
+    shifted: Mapping[str, str] | None = None,
+    pairs: Mapping[str, str] | None = None,
+    texts: Path | None = None,
 ) -> dict[str, Any]:
-    """Analyse every finished trial of a run; returns what analysis.json holds.
+    """Analyse every finished trial, or chosen head, of a run; returns what analysis.json holds.
 
     Args:
         folder: run folder.
-        shifted: name of a shifted test set of the target -> its shards.
+        shifted: name of a shifted test set of the target -> its shards; for heads on frozen
+            features: a file of features (python -m uml_fast.extract).
         pairs: auxiliary -> shards whose samples are named like their partners among the target's
             test samples (for measuring multimodal neurons; training never sees them).
+        texts: table of the texts that features were made of, for exchange rates in words.
 
     Raises:
         RunFolderError: the folder holds no run.
         CheckpointError: no trial is finished, or one has no whole checkpoint.
-        DataError: shards that cannot be used.
-        ConfigError: ``pairs`` names no auxiliary of the run.
+        DataError: shards or features that cannot be used.
+        ConfigError: ``pairs`` names no auxiliary of the run, or an option is not for such a run.
     """
-    config = read_config(folder)
-    first, second = config.compared
-    found = Findings(config.compared, (mode_name(first), mode_name(second)))
-    trials = finished_trials(folder)
-    _analyse_run(found, folder, config, trials, shifted or {}, pairs or {})
+    config = read_any_config(folder)
+    rates: list[dict[str, Any]] = []
+    if isinstance(config, GridConfig):
+        require(not pairs, "--pairs is for runs of models; frozen features have no units in common")
+        compared, found = (UNIMODAL, "uml"), Findings()
+        heads = chosen_heads(folder)
+        trials = sorted({(h.variant, h.cell.seed) for h in heads})
+        rates = _analyse_heads(found, heads, config, shifted or {}, texts)
+    else:
+        require(texts is None, "--texts is for exchange rates, which grids of heads have")
+        compared = config.compared
+        found = Findings(compared, (mode_name(compared[0]), mode_name(compared[1])))
+        trials = finished_trials(folder)
+        _analyse_run(found, folder, config, trials, shifted or {}, pairs or {})
     return {
-        "recipe": config.recipe, "target": config.target, "compared": config.compared,
-        "trials": [list(t) for t in trials],
-        "rows": found.rows(), "values": found.values, "charts": found.charts,
-        "skipped": found.skipped,
+        "recipe": config.recipe, "target": config.target, "compared": list(compared),
+        "trials": [list(t) for t in trials], "rows": found.rows(), "exchange_rates": rates,
+        "values": found.values, "charts": found.charts, "skipped": found.skipped,
     }  # fmt: skip
+
+
+class _Progress:
+    """The status line: what is analysed, and the time left."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._line, self._started = steps, StatusLine(), time.monotonic()
+
+    def show(self, what: str, done: int) -> None:
+        """Say what comes next."""
+        if self._line.is_due():
+            left = (time.monotonic() - self._started) / max(done, 1) * (self._steps - done)
+            more = f", {duration(left)} left" if done else ""
+            self._line.update(f"analysing {what} ({done + 1} of {self._steps}{more})")
+
+
+def _analyse_heads(
+    found: Findings,
+    heads: Sequence[ChosenHead],
+    config: GridConfig,
+    shifted: Mapping[str, str],
+    texts: Path | None,
+) -> list[dict[str, Any]]:
+    """Chosen heads of every setting against the unimodal head of its shots; the exchange rates."""
+    sets = open_shifted_features(shifted)
+    if not sets:
+        found.skipped["robustness under shift"] = (
+            "no shifted set is given (--shifted NAME=FEATURES.safetensors)"
+        )
+    found.skipped["multimodal neurons"] = "frozen features of two encoders have no units in common"
+    renames = dict(pair.split("=") for pair in getattr(config.data, "same", ()))
+    alone = {(h.cell.shots, h.cell.seed): h for h in heads if h.mode == UNIMODAL}
+    work = [(s, h) for s, own in settings_of(heads).items() for h in own]
+    pictured = next((i for i, (s, _) in enumerate(work) if s == work[-1][0]), -1)
+    loaded, progress = Loaded(config), _Progress(len(work))
+    for done, (setting, head) in enumerate(work):
+        progress.show(f"{setting}, seed {head.cell.seed}", done)
+        data = loaded.of(head)
+        trained = []
+        for h in (alone.get((head.cell.shots, head.cell.seed)), head):
+            if h is not None:
+                trained.append(look_at_head(found, h, data, setting, config))
+                head_findings(found, trained[-1])
+                shifted_heads(found, trained[-1], sets, data.class_names, renames)
+        if len(trained) == 2:
+            pair_findings(found, *trained)
+        if done == pictured:
+            pictures(found, trained, data.class_names)
+    words = None if texts is None else mean_words(texts)
+    return rate_findings(found, heads, loaded.of(heads[0]), words)
 
 
 def _analyse_run(
@@ -83,13 +158,9 @@ def _analyse_run(
         "needs a grid of target shots and auxiliary shots (vision_text)"
     )
     seen: dict[int, dict[str, Trained]] = {}
-    status, started = StatusLine(), time.monotonic()
+    progress = _Progress(len(trials))
     for done, (mode, seed) in enumerate(trials):
-        left = (time.monotonic() - started) / max(done, 1) * (len(trials) - done)
-        status.update(
-            f"analysing {mode} seed {seed} ({done + 1} of {len(trials)}"
-            + (f", {duration(left)} left)" if done else ")")
-        )
+        progress.show(f"{mode} seed {seed}", done)
         observed = Observed(*load_model(folder, mode, seed), Of(mode, seed))
         with found.attempt("test samples"):
             if not (observed.task.test.labels >= 0).any():
@@ -141,18 +212,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--shifted", nargs="+", default=[], metavar="NAME=SHARDS",
-        help="test sets of the target from elsewhere; classes meet by name",
+        help="test sets of the target from elsewhere: shards, or a file of features for a run of "
+        "heads on features; classes meet by name",
     )  # fmt: skip
     parser.add_argument(
         "--pairs", nargs="+", default=[], metavar="AUXILIARY=SHARDS",
         help="samples named as their true partners among the target's test samples",
     )  # fmt: skip
     parser.add_argument(
+        "--texts", type=Path, metavar="TABLE",
+        help="texts that features were made of, for exchange rates in words",
+    )  # fmt: skip
+    parser.add_argument(
         "--json", action="store_true", help="print what analysis.json holds instead of a table"
     )
     args = parser.parse_args(argv)
     shifted, pairs = _named("--shifted", args.shifted), _named("--pairs", args.pairs)
-    result = analyse(args.run, shifted, pairs)
+    result = analyse(args.run, shifted, pairs, args.texts)
     write_json(args.run / ANALYSIS, result)
     report = write_report(args.run)
     if args.json:

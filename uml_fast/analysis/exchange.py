@@ -69,10 +69,15 @@ class ExchangeRate:
         """What the fit says, in words."""
         if self.texts_per_image is None:
             return "texts change nothing, so that an image has no price in them"
+        if self.ci95 is None and self.seeds > 1:
+            return (
+                f"no exchange rate is shown: over {self.seeds} seeds the effect of a text is not "
+                "told from zero"
+            )
         unit = "texts" if self.words_per_image is None else "words"
         value = self.texts_per_image if self.words_per_image is None else self.words_per_image
         ends = self.ci95 if self.words_per_image is None else self.words_ci95
-        interval = "no bounded interval" if ends is None else (
+        interval = "no interval" if ends is None else (
             f"95 % interval {ends[0]:,.3g} to {ends[1]:,.3g}"
         )  # fmt: skip
         return (
@@ -172,9 +177,8 @@ def _warnings(
     low, high = per_text.ci95_low, per_text.ci95_high
     if low is not None and high is not None and low <= 0 <= high:
         out.append(
-            f"texts show no effect (a text of each class adds {100 * per_text.mean:+.2g} points, "
-            f"95 % interval {100 * low:+.2g}..{100 * high:+.2g}), so that an image has no "
-            "price in texts"
+            f"texts show no effect: one of each class adds {100 * per_text.mean:+.2g} points, "
+            f"95 % interval {100 * low:+.2g}..{100 * high:+.2g}"
         )
     elif per_text.mean <= 0:
         out.append("texts do not raise the accuracy, so that an image has no price in them")

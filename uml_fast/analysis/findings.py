@@ -115,7 +115,9 @@ class Findings:
         rows = [self._row(key, modes) for key, modes in groups.items()]
         compared = correct_rows([r for r in rows if r["paired_diff_mean"] is not None])
         by_place = iter(compared)
-        return [next(by_place) if r["paired_diff_mean"] is not None else r for r in rows]
+        rows = [next(by_place) if r["paired_diff_mean"] is not None else r for r in rows]
+        settings = list(dict.fromkeys(r["setting"] for r in rows))
+        return sorted(rows, key=lambda r: settings.index(r["setting"]))
 
     def _row(self, key: tuple[str, str, str], modes: dict[str, dict[int, float]]) -> dict[str, Any]:
         name, what, setting = key
@@ -137,9 +139,12 @@ class Findings:
         mode, values = max(modes.items(), key=lambda found: len(found[1]))
         mean = mean_interval(list(values.values()))
         is_first = mode == self.compared[0]
+        low, high = mean.ci95_low, mean.ci95_high
+        if q.in_points and low is not None and high is not None:
+            low, high = max(0.0, low), min(1.0, high)  # a share lies in 0..1
         return row | {
             "unimodal_mean": mean.mean if is_first else None,
             "uml_mean": None if is_first else mean.mean, "paired_diff_mean": None,
-            "ci95_low": mean.ci95_low, "ci95_high": mean.ci95_high, "n": mean.n,
+            "ci95_low": low, "ci95_high": high, "n": mean.n,
             "verdict": "one seed: no interval" if mean.n == 1 else "",
         }  # fmt: skip

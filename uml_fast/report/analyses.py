@@ -14,7 +14,8 @@ from uml_fast.report.table import compared, mode_name
 def _text(row: Mapping[str, Any], value: float | None, sign: str = "") -> str:
     if value is None:
         return ""
-    return f"{100 * value:{sign}.1f}" if row["in_points"] else f"{value:{sign}.3g}"
+    text = f"{100 * value:{sign}.1f}" if row["in_points"] else f"{value:{sign}.3g}"
+    return text if float(text) else text.replace("-", "+" if sign else "")
 
 
 def _interval(row: Mapping[str, Any]) -> str:
@@ -25,7 +26,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 def _name(row: Mapping[str, Any]) -> str:
     unit = ", %" if row["in_points"] else ""
-    return f"{row['title']}{unit}" + (f" ({row['setting']})" if row["setting"] else "")
+    return f"{row['title']}{unit}"
 
 
 def side(row: Mapping[str, Any]) -> str:
@@ -44,7 +45,11 @@ def print_analyses(analysis: Mapping[str, Any]) -> str:
     heads = (*map(mode_name, compared(analysis)), "difference", "95 % interval", "n")
     sizes = (11, 11, 12, 19, 4)
     lines = [" " * width + "".join(f"{h:>{w}}" for h, w in zip(heads, sizes, strict=True))]
+    setting = ""
     for r in analysis["rows"]:
+        if r["setting"] != setting:
+            setting = r["setting"]
+            lines += ["", setting]
         cells = (
             _text(r, r["unimodal_mean"]), _text(r, r["uml_mean"]),
             _text(r, r["paired_diff_mean"], "+"), _interval(r), str(r["n"]),
@@ -53,6 +58,11 @@ def print_analyses(analysis: Mapping[str, Any]) -> str:
         line += "".join(f"{c:>{w}}" for c, w in zip(cells, sizes, strict=True))
         lines.append(line)
     lines += ["", *_said(analysis)]
+    for rate in analysis.get("exchange_rates") or ():
+        lines += [
+            f"{rate['variant']}: {rate['sentence']}",
+            *(f"  note: {w}" for w in rate["warnings"]),
+        ]
     lines += [f"left out: {name}: {why}" for name, why in analysis["skipped"].items()]
     return "\n".join(lines)
 
@@ -89,16 +99,22 @@ def section(analysis: Mapping[str, Any], summary: Mapping[str, Any] | None) -> s
         '<th class="number">difference</th><th class="number">95 % interval</th><th></th>'
         '<th class="number">seeds</th><th>verdict</th></tr>'
     )
-    body = table(head, [_row(r) for r in rows], "comparison")
+    body, setting = [], ""
+    for r in rows:
+        if r["setting"] != setting:
+            body.append(f'<tr><th colspan="8">{escape(r["setting"])}</th></tr>')
+        setting = r["setting"]
+        body.append(_row(r))
     figures = []
     for i, c in enumerate(analysis["charts"]):
         try:
             figures.append(figure(c["title"], DRAWN[c["kind"]](c), c["note"]))
         except (KeyError, TypeError, ValueError) as error:
             raise ReportError(f"analysis.json: chart {i} cannot be drawn: {error!r}") from error
+    shown = table(head, body, "comparison")
     said = "".join(f'<p class="note">{escape(s[0].upper() + s[1:])}.</p>' for s in _said(analysis))
     drawn = f'{legend(analysis)}<div class="charts">{"".join(figures)}</div>' if figures else ""
-    return f"<h2>Analyses</h2>{_stale(analysis, summary)}{body}{said}{drawn}{_skipped(analysis)}"
+    return f"<h2>Analyses</h2>{_stale(analysis, summary)}{shown}{said}{drawn}{_skipped(analysis)}"
 
 
 def _row(r: Mapping[str, Any]) -> str:

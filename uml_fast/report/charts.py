@@ -79,9 +79,9 @@ def curves_chart(
             marker = "o" if len(c.steps) == 1 else None
             axes.plot(c.steps, c.mean, color=MODE_COLOUR[mode], lw=1.6, marker=marker)
         axes.set_xlabel("optimiser steps")
-        axes.xaxis.set_major_locator(_ticker().MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(ticker().MaxNLocator(5, integer=True))
         if not is_log:
-            axes.yaxis.set_major_locator(_ticker().MaxNLocator(5))
+            axes.yaxis.set_major_locator(ticker().MaxNLocator(5))
             axes.yaxis.set_major_formatter(lambda v, _: y_format(v))
 
     return chart(title, draw)
@@ -110,16 +110,17 @@ def pairs_chart(
         axes.set_xlim(-0.45, 1.45)
         axes.set_xticks([0, 1], list(names))
         axes.grid(axis="x", visible=False)
-        axes.yaxis.set_major_locator(_ticker().MaxNLocator(5))
+        axes.yaxis.set_major_locator(ticker().MaxNLocator(5))
         axes.yaxis.set_major_formatter(lambda v, _: y_format(v))
 
     return chart(title, draw)
 
 
-def _ticker() -> Any:
-    from matplotlib import ticker
+def ticker() -> Any:
+    """matplotlib's module of the places of ticks."""
+    from matplotlib import ticker as module
 
-    return ticker
+    return module
 
 
 def chart(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from uml_fast.report.charts import INK, LINE, MODE_COLOUR, MUTED, UML, UNIMODAL, chart
+from uml_fast.report.charts import INK, LINE, MODE_COLOUR, MUTED, UML, UNIMODAL, chart, ticker
 from uml_fast.report.table import mode_name
 
 _DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
@@ -120,6 +120,7 @@ def plane(c: Mapping[str, Any]) -> str:
     def draw(axes: Any) -> None:
         low, high = float(z.min()), float(z.max())
         size = 14 + 90 * (z - low) / max(high - low, 1e-12)
+        axes.margins(0.09)
         axes.scatter(x, y, s=size, color=UML, alpha=0.75, lw=0)
         for i, v in enumerate(z):
             axes.annotate(f"{100 * v:.0f}", (x[i], y[i]), xytext=(5, 4), fontsize=6.5,
@@ -130,6 +131,8 @@ def plane(c: Mapping[str, Any]) -> str:
             for level in np.linspace(low, high, 6):
                 axes.plot(across, (level - a - b * across) / slope, color=LINE, lw=1)
             axes.set_ylim(*limits)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(ticker().MaxNLocator(6, integer=True))
         axes.set_xlabel("images of each class")
         axes.set_ylabel("texts of each class")
 
