@@ -245,7 +245,7 @@ def _tracked(
 
 
 def _checkpoints(place: Path) -> Iterator[tuple[int, checkpoint.Checkpoint]]:
-    for path in sorted(place.glob(f"step-*{checkpoint.SUFFIX}")):
+    for path in reversed(checkpoint.newest_first(place)):
         try:
             saved = checkpoint.load(path)
         except checkpoint.CheckpointError:
