@@ -21,6 +21,9 @@ from uml_fast.networks import require as require
 if TYPE_CHECKING:
     from uml_fast.data.source import Task
 
+Mode = Literal["unimodal", "uml", "random", "pretrained"]
+"""What a trial trains: the target alone, or all modalities; or all from one start or the other."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
@@ -29,6 +32,14 @@ class DataConfig:
     def present(self, modalities: tuple[ModalityConfig, ...]) -> tuple[ModalityConfig, ...]:
         """Those of a run's modalities that there is data for."""
         return modalities
+
+    def feature_size(self, name: str) -> int:
+        """Features per row of a modality; a configuration that leaves it open gets it from here.
+
+        Raises:
+            ConfigError: the data does not say.
+        """
+        raise ConfigError(f"{name}.size is 0, and the data does not say how many features it has")
 
     def only(self, names: tuple[str, ...]) -> DataConfig:
         """The same data for some of the run's modalities."""
@@ -84,6 +95,9 @@ class MixConfig:
     """joint: all modalities a pack; alternate: one a pack; warmup: one side first, then joint."""
     token_budget: int = 2048
     """Rows of a joint pack over all modalities."""
+    share_of: Literal["tokens", "samples"] = "tokens"
+    """What the modalities' shares are parts of: rows, or samples (their lengths are those of the
+    first seed's data)."""
     batch: int = 0
     """Samples of the target in a joint pack, on average, in place of ``token_budget``, and as many
     rows of a modality that goes first alone; 0: ``token_budget`` holds."""
@@ -230,7 +244,7 @@ class RunConfig:
     """Number of paired seeds: each is trained once per mode."""
     seed: int = 0
     """First seed; the others count up from it."""
-    modes: tuple[Literal["unimodal", "uml", "random", "pretrained"], ...] = ("unimodal", "uml")
+    modes: tuple[Mode, ...] = ("unimodal", "uml")
     """What is trained for every seed: the target alone, and all modalities; or all of them from
     random weights, and from those that the networks' init_from names (paper 1.5)."""
     project_alone: bool = True
@@ -293,7 +307,10 @@ class RunConfig:
     def _check_networks(self) -> None:
         own = {f"{m.name}.encoder": m.encoder for m in self.modalities if m.encoder is not None}
         for name, network in ({"backbone": self.backbone} | own).items():
-            require(network.width >= 1, f"{name}.width is {network.width}; it must be >= 1")
+            least = 0 if name == "backbone" else 1
+            require(
+                network.width >= least, f"{name}.width is {network.width}; it must be >= {least}"
+            )
             require(network.unfreeze_at >= 0, f"{name}.unfreeze_at must not be negative")
             require(
                 network.freeze or network.unfreeze_at == 0,
@@ -365,7 +382,8 @@ class RunConfig:
         target = self.modality(self.target)
         backbone = self.backbone
         if target.encoder is not None and not self.project_alone:
-            backbone = dataclasses.replace(backbone, width=target.encoder.width)
+            width = target.encoder.given_width(target.pooled)
+            backbone = dataclasses.replace(backbone, width=width)
         project = tuple(n for n in self.objective.project if n == self.target)
         objective = dataclasses.replace(self.objective, project=project, init_head_from=None)
         stop_with = self.mix.stop_with if self.mix.stop_with == self.target else None

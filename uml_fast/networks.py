@@ -30,7 +30,7 @@ class ModalityConfig:
     name: str
     """Name of the modality, unique in the run; sources, metrics and checkpoints use it."""
     share: float = 1.0
-    """Part of this modality in the token mix, relative to the others (tokens, not samples)."""
+    """Part of this modality in the mix, relative to the others: of tokens, or as mix.share_of."""
     weight: float = 1.0
     """Factor of this modality's loss in the total (alpha of the paper)."""
     encoder: BackboneConfig | None = None
@@ -62,11 +62,16 @@ class BackboneConfig:
     """
 
     width: int
-    """Features per token at the input of the network; stems project to it."""
+    """Features per token at the input of the network; stems project to it. Of a shared network 0:
+    as many as enter it as they are (``uml_fast.complete``)."""
     freeze: bool = False
     """Leave the network as it starts; a modality's own together with its stem."""
     unfreeze_at: int = 0
     """Step at which a frozen network starts to be trained; 0: never."""
+
+    def given_width(self, pooled: bool) -> int:
+        """Features of what the network gives: of an embedding if ``pooled``, else of a row."""
+        return self.width
 
     def from_scratch(self) -> BackboneConfig:
         """The same network with random weights to start from, wherever these come from."""

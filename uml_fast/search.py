@@ -20,12 +20,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from uml_fast.cli import parse, run_main
-from uml_fast.config import ConfigError, RunConfig, require
+from uml_fast.config import ConfigError, Mode, RunConfig, require
 from uml_fast.machine import machine_info
 from uml_fast.progress import duration
 from uml_fast.report import print_table, write_report
@@ -42,7 +42,6 @@ _USAGE = f"""usage: {_PROG} RECIPE --over FIELD=VALUE,VALUE [FIELD=...] [options
 {__doc__}
 The options of a recipe: python -m uml_fast.train RECIPE --help
 """
-Mode = Literal["unimodal", "uml"]
 
 
 @dataclass(frozen=True, slots=True)

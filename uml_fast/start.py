@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from uml_fast.compat import release_warmup_epochs
-from uml_fast.config import ConfigError, MixConfig, RunConfig
+from uml_fast.complete import complete
+from uml_fast.config import ConfigError, MixConfig, RunConfig, require
 from uml_fast.data.loader import layouts_of, streams_of
 from uml_fast.data.source import DataError, Samples, Task, in_memory
 from uml_fast.device import resolve_device, resolve_dtype
@@ -25,20 +26,29 @@ _FIT_SAMPLES = 4096
 
 
 def shares_of(config: RunConfig) -> dict[str, float]:
-    """Part of each modality in the token mix."""
+    """Part of each modality in the token mix.
+
+    Raises:
+        ConfigError: the shares are of samples still; ``resolve`` makes tokens of them.
+    """
+    require(config.mix.share_of == "tokens", "mix.share_of 'samples': resolve the configuration")
     return {m.name: m.share for m in config.modalities}
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The configuration with the steps and rows that its epochs and ``mix.batch`` come to.
+    """The configuration ``complete``, with steps, rows and shares for epochs, batch and share_of.
 
     They are counted on the data of the first seed. An epoch is as many packs as its samples fill;
     under ``compat="release"`` as many batches, the last one maybe smaller.
     """
-    mix, target = config.mix, config.target
-    if not (mix.batch or config.epochs):
+    config = complete(config)
+    is_of_samples = config.mix.share_of == "samples"
+    if not (config.mix.batch or config.epochs or is_of_samples):
         return config
     sources = config.load(config.seed, "uml").train
+    if is_of_samples:
+        config = _with_token_shares(config, sources)
+    mix, target = config.mix, config.target
     streams = {s.name: s for s in streams_of(sources, shares_of(config), target)}
     own = streams[target]
     if mix.batch:
@@ -54,6 +64,16 @@ def resolve(config: RunConfig) -> RunConfig:
         pace = make_rules(tuple(streams.values()), layouts, mix).layouts[-1].pace
         steps = config.epochs * int(own.lengths.sum()) / (pace * own.share)
     return dataclasses.replace(config, mix=mix, steps=math.ceil(steps))
+
+
+def _with_token_shares(config: RunConfig, sources: Sequence[Samples]) -> RunConfig:
+    """The configuration whose shares of samples have become shares of tokens."""
+    lengths = {s.name: float(s.lengths.mean()) for s in sources}
+    modalities = tuple(
+        dataclasses.replace(m, share=m.share * lengths[m.name]) for m in config.modalities
+    )
+    mix = dataclasses.replace(config.mix, share_of="tokens")
+    return dataclasses.replace(config, modalities=modalities, mix=mix)
 
 
 def _layouts(config: RunConfig, mix: MixConfig, sources: Sequence[Samples]) -> tuple[Layout, ...]:

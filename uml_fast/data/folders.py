@@ -15,6 +15,7 @@ from uml_fast.data.decode import Backend, decode_of
 from uml_fast.data.direct import DirectImages
 from uml_fast.data.held_out import hold_out
 from uml_fast.data.kept import Room
+from uml_fast.data.lengths import npy_shape
 from uml_fast.data.rows import rows_of
 from uml_fast.data.shard_source import ShardSource
 from uml_fast.data.shards import ShardSet, splits_of
@@ -67,6 +68,20 @@ class FoldersConfig(DataConfig):
         """Modalities with a folder; all where none has one, so that options can be listed."""
         found = tuple(m for m in modalities if getattr(self, m.name, None) is not None)
         return found or modalities
+
+    def feature_size(self, name: str) -> int:
+        """Features per row, as the first training sample has them.
+
+        Raises:
+            ConfigError: the shards hold something else than features.
+        """
+        shards = self._open(name, "train")
+        require(
+            shards.kind == "features",
+            f"{name}: {self.place(name)} holds {shards.kind}; features are wanted (python -m "
+            "uml_fast.prepare features)",
+        )
+        return npy_shape(shards.payload(0))[-1]
 
     def place(self, modality: str) -> str | Path:
         """Where the shards of a modality are.

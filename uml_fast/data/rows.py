@@ -153,8 +153,8 @@ class TextRows:
         return not self.augment.is_off
 
     def rows(self, length: np.ndarray) -> np.ndarray:
-        """Bytes, at most the positions of the run."""
-        return np.minimum(length[:, 0].astype(np.int64), self.config.positions)
+        """Bytes, at most the positions of the run, if it has any."""
+        return _cut(length, self.config)
 
     def write(self, array: np.ndarray, out: np.ndarray, draws: Draws | None = None) -> None:
         """See ``Rows``."""
@@ -185,8 +185,8 @@ class TokenRows:
         return not self.augment.is_off
 
     def rows(self, length: np.ndarray) -> np.ndarray:
-        """Tokens, at most the positions of the run."""
-        return np.minimum(length[:, 0].astype(np.int64), self.config.positions)
+        """Tokens, at most the positions of the run, if it has any."""
+        return _cut(length, self.config)
 
     def write(self, array: np.ndarray, out: np.ndarray, draws: Draws | None = None) -> None:
         """See ``Rows``."""
@@ -202,6 +202,11 @@ class TokenRows:
         if draws is not None:
             ids = self.augment.apply(ids, len(out), draws)
         out[:, 0] = ids[: len(out)]
+
+
+def _cut(length: np.ndarray, config: TextConfig) -> np.ndarray:
+    rows = length[:, 0].astype(np.int64)
+    return np.minimum(rows, config.positions) if config.positions else rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class FeaturesConfig(ModalityConfig):
     """A sequence of float vectors, or one vector per sample."""
 
     size: int
-    """Features per row."""
+    """Features per row; 0: as many as the data has (``uml_fast.complete``)."""
     vector: bool = False
     """One row per sample: the self-supervised target is the row itself (paper 1.2, T = 1)."""
     standardise: bool = False
@@ -32,7 +32,7 @@ class FeaturesConfig(ModalityConfig):
 
     def __post_init__(self) -> None:
         ModalityConfig.__post_init__(self)
-        require(self.size >= 1, f"{self.name}.size is {self.size}; it must be >= 1")
+        require(self.size >= 0, f"{self.name}.size is {self.size}; it must not be negative")
 
     def build(self, width: int, output_width: int, decode: bool) -> Features:
         """The stem and decoder for a backbone of this width."""

@@ -34,6 +34,9 @@ class BottleneckConfig(BackboneConfig):
             value = getattr(self, name)
             require(value >= 1, f"backbone.{name} is {value}; it must be >= 1")
 
+    def given_width(self, pooled: bool) -> int:
+        return self.latent if pooled else self.width
+
     def build(self) -> Bottleneck:
         """The backbone with freshly drawn weights."""
         return Bottleneck(self)

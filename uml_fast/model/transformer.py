@@ -7,6 +7,7 @@ the tokens that enter; the residual stream is fp32 under pre-norm and in that dt
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -87,6 +88,12 @@ class TransformerConfig(BackboneConfig):
             self.positions != "rotary" or self.width // self.heads % 2 == 0,
             f"rotary positions need heads of even width; it is {self.width // self.heads}",
         )
+
+    def given_width(self, pooled: bool) -> int:
+        return (self.embedding if pooled else 0) or self.width
+
+    def from_scratch(self) -> TransformerConfig:
+        return dataclasses.replace(self, init_from=None)
 
     @property
     def heads_of_keys(self) -> int:

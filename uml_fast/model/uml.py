@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uml_fast.config import RunConfig
+from uml_fast.config import RunConfig, require
 from uml_fast.kernels.rng import site_key
 from uml_fast.modalities.base import Linear, Modality
 from uml_fast.model.head import SharedHead
@@ -74,6 +74,7 @@ class Uml(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.width = config.backbone.width
+        require(self.width >= 1, "backbone.width is 0; uml_fast.complete.complete says what it is")
         decode = config.objective.kind == "next_embedding"
         # the parts that every mode has are drawn first, so that the trials of a seed share them
         self.backbone = config.backbone.build()
