@@ -8,14 +8,14 @@ backbone) are base classes here, and the module that implements a kind owns its 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from uml_fast.networks import BackboneConfig as BackboneConfig
 from uml_fast.networks import ConfigError as ConfigError
 from uml_fast.networks import ModalityConfig as ModalityConfig
+from uml_fast.networks import check_finite
 from uml_fast.networks import require as require
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ class RunConfig:
     comparison alone: an embedding then depends on the batch it is in."""
 
     def __post_init__(self) -> None:
-        _check_finite(self)
+        check_finite(self)
         object.__setattr__(self, "modalities", self.data.present(self.modalities))
         names = [m.name for m in self.modalities]
         require(len(set(names)) == len(names), f"modality names are not unique: {names}")
@@ -392,15 +392,3 @@ class RunConfig:
         return dataclasses.replace(
             self, modalities=(target,), data=data, backbone=backbone, objective=objective, mix=mix
         )
-
-
-def _check_finite(value: Any, name: str = "") -> None:
-    """Raise ConfigError where a number of a configuration is infinite or NaN."""
-    if dataclasses.is_dataclass(value):
-        for f in dataclasses.fields(value):
-            _check_finite(getattr(value, f.name), f"{name}.{f.name}" if name else f.name)
-    elif isinstance(value, tuple):
-        for i, v in enumerate(value):
-            _check_finite(v, f"{name}[{i}]")
-    elif isinstance(value, float):
-        require(math.isfinite(value), f"{name} is {value}; it must be finite")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from uml_fast.modalities.base import Modality
@@ -18,6 +20,18 @@ def require(condition: bool, message: str) -> None:
     """Raise ConfigError with ``message`` unless ``condition`` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def check_finite(value: Any, name: str = "") -> None:
+    """Raise ConfigError where a number of a configuration is infinite or NaN."""
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            check_finite(getattr(value, f.name), f"{name}.{f.name}" if name else f.name)
+    elif isinstance(value, tuple):
+        for i, v in enumerate(value):
+            check_finite(v, f"{name}[{i}]")
+    elif isinstance(value, float):
+        require(math.isfinite(value), f"{name} is {value}; it must be finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
