@@ -307,7 +307,7 @@ class RunConfig:
     def _check_networks(self) -> None:
         own = {f"{m.name}.encoder": m.encoder for m in self.modalities if m.encoder is not None}
         for name, network in ({"backbone": self.backbone} | own).items():
-            least = 0 if name == "backbone" else 1
+            least = 0 if own and name == "backbone" else 1
             require(
                 network.width >= least, f"{name}.width is {network.width}; it must be >= {least}"
             )
