@@ -14,7 +14,7 @@ from uml_fast.recipes import RECIPES
 from uml_fast.search import read_arguments
 
 PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
-COMMANDS = list(dict.fromkeys(re.findall(r"`python -m uml_fast\.([^`]+)`", PAGE.read_text())))
+COMMANDS = list(dict.fromkeys(re.findall(r"`python -m uml_fast\.(\w+ [^`]+)`", PAGE.read_text())))
 
 
 def parses(recipe: str, options: list[str]) -> None:
