@@ -19,7 +19,7 @@ from uml_fast.config import ModalityConfig, RunConfig
 from uml_fast.foreign import import_timm, import_transformers
 from uml_fast.model.interop.initialise import init_from_checkpoints
 from uml_fast.model.uml import Uml
-from uml_fast.pack import Layout, Region, pack_samples
+from uml_fast.pack import Layout, PackedBatch, Region, pack_samples
 
 if missing := [n for n in ("timm", "transformers") if importlib.util.find_spec(n) is None]:
     pytest.skip(f"not installed: {missing}", allow_module_level=True)
@@ -65,24 +65,25 @@ def embed(config: RunConfig, samples: dict[str, list[np.ndarray]]) -> dict[str, 
     torch.manual_seed(0)
     model = Uml(config)
     init_from_checkpoints(model, config)
-    regions = []
-    for m in config.modalities:
-        given = samples[m.name]
-        rows = sum(map(len, given)) + 5
-        longest = max(map(len, given))
-        regions.append(
-            Region(
-                name=m.name, rows=rows, slots=len(given) + 8, row_elems=given[0].shape[1],
-                dtype=given[0].dtype.name, max_len=longest,
-            )
-        )  # fmt: skip
-    batch = pack_samples(Layout(tuple(regions)), samples)
+    batch = pack_of({m.name: samples[m.name] for m in config.modalities})
     with torch.no_grad():
         found = model.eval()(batch).embedding_SE
     return {
         r.name: found[batch.layout.slot_slice(i)][: len(samples[r.name])]
-        for i, r in enumerate(regions)
+        for i, r in enumerate(batch.layout.regions)
     }
+
+
+def pack_of(samples: dict[str, list[np.ndarray]]) -> PackedBatch:
+    """A pack of all samples, with some padding behind each modality."""
+    regions = [
+        Region(
+            name=name, rows=sum(map(len, given)) + 5, slots=len(given) + 8,
+            row_elems=given[0].shape[1], dtype=given[0].dtype.name, max_len=max(map(len, given)),
+        )
+        for name, given in samples.items()
+    ]  # fmt: skip
+    return pack_samples(Layout(tuple(regions)), samples)
 
 
 def images(height: int, width: int) -> np.ndarray:

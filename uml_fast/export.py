@@ -1,7 +1,8 @@
-"""Write a run's target model as a plain file: ``python -m uml_fast.export RUN --to safetensors``.
+"""Write a run's target model for others: ``python -m uml_fast.export RUN --to timm``.
 
-The file holds the target's stem, the shared backbone and the head, nothing of the other modalities;
-docs/export.md loads it in 20 lines without uml_fast.
+``safetensors`` is one file with the target's stem, the shared backbone and the head, nothing of
+the other modalities; ``timm`` and ``transformers`` are folders that these libraries load.
+docs/export.md has a few lines of Python for each.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from uml_fast.cli import run_main
 from uml_fast.config import ConfigError
 from uml_fast.evaluate import finished_trials, load_model
+from uml_fast.files import replace_file
 from uml_fast.grid.run import GridConfig
 from uml_fast.heads import export_head
 from uml_fast.log import RunFolderError
+from uml_fast.model.interop.checkpoint import WEIGHTS
+from uml_fast.model.interop.plain import plain_model
+from uml_fast.model.interop.to_timm import timm_files
+from uml_fast.model.interop.to_transformers import transformers_files
 from uml_fast.model.uml import Uml
 from uml_fast.run import read_any_config, to_json
 
@@ -42,16 +49,19 @@ def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:
     return out
 
 
-def export(folder: Path, mode: str, seed: int | None, out: Path | None) -> Path:
-    """Write ``<target>.safetensors`` with the configuration as JSON metadata; returns its path.
+def export(
+    folder: Path, mode: str, seed: int | None, out: Path | None, to: str = "safetensors"
+) -> Path:
+    """Write the target of a trial; returns the path.
+
+    ``safetensors``: ``<target>.safetensors`` with the configuration as JSON metadata. ``timm`` and
+    ``transformers``: the folder ``<target>-<to>`` with config.json and model.safetensors.
 
     Raises:
-        RunFolderError: the folder holds no run, or the file cannot be written.
-        ConfigError: there is no finished trial of that mode and seed.
+        RunFolderError: the folder holds no run, or a file cannot be written.
+        ConfigError: there is no finished trial of that mode and seed, or the model is none that the
+            other library has: names what is in the way.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     trials = [t for t in finished_trials(folder) if t[0] == mode and seed in (None, t[1])]
     if not trials:
         raise ConfigError(
@@ -59,22 +69,58 @@ def export(folder: Path, mode: str, seed: int | None, out: Path | None) -> Path:
         )
     chosen = trials[0][1]
     model, config, task = load_model(folder, mode, chosen)
+    trial = {"recipe": config.recipe, "mode": mode, "seed": chosen}
+    if to != "safetensors":
+        plain = plain_model(model, config, list(task.class_names))
+        path = out or folder / f"{config.target}-{to}"
+        if to == "timm":
+            timm_config, tensors = timm_files(plain)
+            files = {"config.json": timm_config}
+        else:
+            files, tensors = transformers_files(plain)
+        return _write_folder(path, files, tensors, trial)
     path = out or folder / f"{config.target}.safetensors"
     metadata = {
-        "format": "pt",
         "stem": json.dumps(to_json(config.modality(config.target))),
         "backbone": json.dumps(to_json(config.backbone)),
         "objective": json.dumps(to_json(config.objective)),
         "classes": json.dumps(task.class_names),
-        "trial": json.dumps({"recipe": config.recipe, "mode": mode, "seed": chosen}),
+        "trial": json.dumps(trial),
     }
+    _write_tensors(path, target_tensors(model, config.target), metadata)
+    return path
+
+
+def _write_folder(
+    folder: Path,
+    files: dict[str, dict[str, Any]],
+    tensors: dict[str, Tensor],
+    trial: dict[str, Any],
+) -> Path:
+    """Write weights first and configurations last, so that no folder loads half."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_tensors(folder / WEIGHTS, tensors, {"trial": json.dumps(trial)})
+        for name, content in reversed(files.items()):
+            replace_file(folder / name, json.dumps(content, indent=1) + "\n")
+    except OSError as e:
+        raise RunFolderError(f"cannot write {folder}: {e}") from e
+    return folder
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         temporary = path.with_name(path.name + ".tmp")
-        save_file(target_tensors(model, config.target), temporary, metadata)
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()}, temporary,
+            {"format": "pt"} | metadata,
+        )  # fmt: skip
         temporary.replace(path)
     except (OSError, SafetensorError) as e:
         raise RunFolderError(f"cannot write {path}: {e}") from e
-    return path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,18 +129,28 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m uml_fast.export", description=__doc__.split("\n")[0]
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument("--to", choices=["safetensors"], default="safetensors", help="format")
+    parser.add_argument(
+        "--to", choices=["safetensors", "timm", "transformers"], default="safetensors",
+        help="format: one file that holds any model, or a folder that the library loads",
+    )  # fmt: skip
     parser.add_argument("--mode", default="uml", help="uml (default), unimodal, or another variant")
     parser.add_argument(
         "--seed", type=int, help="seed of the trial; default: the first that is finished"
     )
-    parser.add_argument("--out", type=Path, help="file to write; default: RUN/<target>.safetensors")
+    parser.add_argument(
+        "--out", type=Path, help="to write; default: RUN/<target>.safetensors or RUN/<target>-<to>"
+    )
     parser.add_argument("--shots", type=int, help="of a grid of heads: shots; default: the most")
     args = parser.parse_args(argv)
     if isinstance(read_any_config(args.run), GridConfig):
+        if args.to != "safetensors":
+            raise ConfigError(
+                f"{args.run} holds heads on features of a frozen encoder: one matrix, which --to "
+                "safetensors writes"
+            )
         print(export_head(args.run, args.mode, args.shots, args.seed, args.out))
         return 0
-    print(export(args.run, args.mode, args.seed, args.out))
+    print(export(args.run, args.mode, args.seed, args.out, args.to))
     return 0
 
 

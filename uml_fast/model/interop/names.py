@@ -111,6 +111,8 @@ def write_entries(entries: Sequence[Entry], ours: Mapping[str, Tensor]) -> dict[
     """Their weights out of ours."""
     out: dict[str, Tensor] = {}
     for entry in entries:
+        if not entry.theirs:
+            continue
         given = [ours[name] for name in entry.ours]
         parts = entry.write(*given) if entry.write else given[0].chunk(len(entry.theirs))
         out |= dict(zip(entry.theirs, (p.contiguous() for p in parts), strict=True))
