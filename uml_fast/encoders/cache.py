@@ -84,6 +84,7 @@ def save_features(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, metadata)
+        temporary.chmod(0o644)  # safetensors lets its owner alone read it
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from uml_fast.data.source import DataError
+from uml_fast.files import replace_file
 from uml_fast.grid.run import GridCell
 from uml_fast.grid.train import CellResult
 
@@ -95,19 +96,17 @@ class Results:
         Raises:
             DataError: the disk is full.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         try:
             for group, best in self._best.items():
                 if best.weight is None:
                     continue
                 self._heads.mkdir(parents=True, exist_ok=True)
-                path = self._heads / head_name(group)
-                temporary = path.with_name(path.name + ".tmp")
                 record = json.dumps(self.done[best.number])
-                save_file({"weight": best.weight.contiguous()}, temporary,
-                          {"format": "pt", "head": record, **metadata})  # fmt: skip
-                temporary.replace(path)
+                content = save({"weight": best.weight.contiguous()},
+                               {"format": "pt", "head": record, **metadata})  # fmt: skip
+                replace_file(self._heads / head_name(group), content)
                 best.weight = None
             if self._waiting:
                 with self._path.open("ab") as file:
