@@ -67,8 +67,6 @@ struct Lane {
     const int32_t* order = branch->order + step * batch;
     for (int64_t i = 0; i < batch; ++i) {
       const float* from = branch->source.rows + order[i] * width;
-      const float* soon = branch->source.rows + order[smaller(i + kAhead, batch - 1)] * width;
-      for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(soon + c);
       for (int64_t p = 0; p < width / kPanel; ++p) {
         std::memcpy(panels + (p * padded + i) * kPanel, from + p * kPanel, kPanel * sizeof(float));
       }
@@ -163,9 +161,14 @@ void train_cell(const HeadGrid& grid, const HeadCell& cell) {
     lane.rows = lane.hidden = scratch.take_zeros(lane.padded * branch.source.width);
     lane.next_rows = lane.next_hidden = scratch.take_zeros(lane.padded * branch.source.width);
     lane.logits = scratch.take(lane.padded * stride);
-    uses[i] = {branch.batch, lane.padded, nullptr,
-               lane.logits,  stride,      nullptr,
-               lane.logits,  stride,      scratch.take(lane.padded * kTileVecs * kWidth)};
+    uses[i] = {.batch = branch.batch,
+               .padded = lane.padded,
+               .gradient = lane.logits,
+               .gradient_stride = stride,
+               .out = lane.logits,
+               .out_stride = stride,
+               .sums = scratch.take(lane.padded * kTileVecs * kWidth),
+               .source = branch.source};
     if (!branch.is_projected) continue;
     any_projected = true;
     lane.hidden = scratch.take(lane.padded * width);
@@ -173,8 +176,10 @@ void train_cell(const HeadGrid& grid, const HeadCell& cell) {
     lane.projection = {branch.source.width, width, scratch.take(3 * branch.source.width * width)};
     lane.projection.pack(cell.weights + at, cell.first + at, cell.second + at);
     at += branch.source.width * width;
-    projected[i] = {branch.batch, lane.padded, nullptr, hidden_gradient, gradient_stride,
-                    nullptr,      nullptr,     0,       uses[i].sums};
+    projected[i] = uses[i];
+    projected[i].gradient = hidden_gradient;
+    projected[i].gradient_stride = gradient_stride;
+    projected[i].out_stride = 0;
   }
 
   // Step -1 is the products of the first rows alone.
@@ -192,6 +197,8 @@ void train_cell(const HeadGrid& grid, const HeadCell& cell) {
         if (cell.learns_scale) update_scale(cell, i, gradient, adam);
       }
       if (has_next) lane.gather(step + 1, lane.next_rows);
+      Use& asks = lane.branch->is_projected ? projected[i] : uses[i];
+      asks.later = step + 2 < cell.steps ? lane.branch->order + (step + 2) * asks.batch : nullptr;
       if (lane.branch->is_projected) {
         if (updates) {
           product({lane.logits, stride, 1}, transposed, 0, hidden_gradient, gradient_stride,

@@ -124,25 +124,27 @@ UML_INLINE void product(Left left, const float* right, int64_t right_stride, flo
 struct Adam {
   static constexpr float kBeta1 = 0.9f, kBeta2 = 0.999f;
   static constexpr float kFirst = 0.1f, kSecond = 0.001f;  // 1 - beta
-  static constexpr float kEpsilon = 1e-8f;
-  // Keeps roots away from zero; far below kEpsilon squared.
+  // Keeps roots and rates away from zero; far below the squared epsilon.
   static constexpr float kTiny = 1e-30f;
 
-  Vec decay;  // 1 - rate * weight decay
-  Vec rate;   // rate * (1 - beta1) / (1 - beta1**t)
-  Vec root;   // sqrt((1 - beta2) / (1 - beta2**t))
+  // The learning rate is in the denominators, which saves an operation.
+  Vec decay;    // 1 - rate * weight decay
+  Vec root;     // sqrt((1 - beta2) / (1 - beta2**t)) / factor
+  Vec epsilon;  // 1e-8 / factor; factor = rate * (1 - beta1) / (1 - beta1**t)
 
-  Adam(float rate, float weight_decay, int64_t step)
-      : decay(splat(1 - rate * weight_decay)),
-        rate(splat(static_cast<float>(rate * 0.1 / (1 - std::pow(0.9, step + 1))))),
-        root(splat(static_cast<float>(std::sqrt(0.001 / (1 - std::pow(0.999, step + 1)))))) {}
+  Adam(double rate, double weight_decay, int64_t step) {
+    const double factor = (rate > kTiny ? rate : kTiny) * 0.1 / (1 - std::pow(0.9, step + 1));
+    decay = splat(static_cast<float>(1 - rate * weight_decay));
+    root = splat(static_cast<float>(std::sqrt(0.001 / (1 - std::pow(0.999, step + 1))) / factor));
+    epsilon = splat(static_cast<float>(1e-8 / factor));
+  }
 
   UML_INLINE void update(float* weight, float* first, float* second, Vec gradient) const {
     const Vec m = load(first) * kBeta1 + gradient;
     const Vec v = load(second) * kBeta2 + (gradient * gradient + kTiny);
     store(first, m);
     store(second, v);
-    store(weight, load(weight) * decay - rate * over_root(m, v));
+    store(weight, load(weight) * decay - over_root(m, v));
   }
 
   // m / (sqrt(v) * root + epsilon) within a few units in the last place: estimates and a Newton
@@ -152,14 +154,14 @@ struct Adam {
     // Zero-masked forms: the plain ones set off a false warning of GCC 12.
     const Vec r = (Vec)_mm512_maskz_rsqrt14_ps(0xFFFF, (__m512)v);
     const Vec s = v * r;
-    const Vec rough = s * root + kEpsilon;
+    const Vec rough = s * root + epsilon;
     const Vec q = (Vec)_mm512_maskz_rcp14_ps(0xFFFF, (__m512)rough);
     const Vec denominator = (v - s * s) * (r * (0.5f * root)) + rough;
     const Vec y = m * q;
     return y + q * (m - denominator * y);
 #else
     for (int i = 0; i < kWidth; ++i) v[i] = std::sqrt(v[i]);
-    return m / (v * root + kEpsilon);
+    return m / (v * root + epsilon);
 #endif
   }
 };
@@ -169,18 +171,19 @@ struct Matrix {
   int64_t rows, cols;
   float* tiles;  // 3 * rows * cols floats
 
+  // Calls f(offset in a row-major matrix, weights, first moments, second moments) for every vector.
   template <class F>
   UML_INLINE void for_vectors(F&& f) const {
     const Strips strips(cols);
-    float* at = tiles;
-    for (int64_t s = 0; s < strips.count(); ++s) {
-      const Strip strip = strips[s];
-      const int64_t tile = int64_t{kPanel} * strip.vecs * kWidth;
-      for (int64_t row = 0; row < rows; ++row) {
-        for (int j = 0; j < strip.vecs; ++j, at += kWidth) {
-          f(row * cols + strip.column + j * kWidth, at, at + tile, at + 2 * tile);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t s = 0; s < strips.count(); ++s) {
+        const Strip strip = strips[s];
+        const int64_t columns = strip.vecs * kWidth, tile = kPanel * columns;
+        float* at = tiles + 3 * rows * strip.column + 3 * (row / kPanel) * tile;
+        at += row % kPanel * columns;
+        for (int64_t c = 0; c < columns; c += kWidth) {
+          f(row * cols + strip.column + c, at + c, at + c + tile, at + c + 2 * tile);
         }
-        if (row % kPanel == kPanel - 1) at += 2 * tile;
       }
     }
   }
@@ -205,42 +208,56 @@ struct Matrix {
   void transposed(float* out, int64_t depth) const {
     const Strips strips(cols), out_strips(rows);
     for (int64_t s = 0; s < strips.count(); ++s) {
-      const Strip strip = strips[s];
-      const int64_t tile = int64_t{kPanel} * strip.vecs * kWidth;
-      const float* from = tiles + 3 * rows * strip.column;
-      for (int64_t t = 0; t < out_strips.count(); ++t) {
-        const Strip to = out_strips[t];
-        for (int64_t row = to.column; row < to.column + to.vecs * kWidth; row += kWidth) {
-          for (int j = 0; j < strip.vecs; ++j) {
-            Vec block[kWidth];
-            for (int i = 0; i < kWidth; ++i) {
-              const int64_t panel = (row + i) / kPanel, in_panel = (row + i) % kPanel;
-              block[i] = load(from + 3 * panel * tile + (in_panel * strip.vecs + j) * kWidth);
-            }
-            transpose(block);
-            const int64_t column = strip.column + j * kWidth;
-            const int64_t lines = smaller(kWidth, depth - column);
-            for (int64_t i = 0; i < lines; ++i) {
-              store(out + depth * to.column + (column + i) * to.vecs * kWidth + row - to.column,
-                    block[i]);
+      with_vecs(strips[s].vecs, [&]<int kVecs>() {
+        constexpr int64_t kTile = int64_t{kPanel} * kVecs * kWidth;
+        const int64_t column = strips[s].column;
+        const float* from = tiles + 3 * rows * column;
+        for (int64_t t = 0; t < out_strips.count(); ++t) {
+          const int64_t stride = out_strips[t].vecs * kWidth;
+          float* to = out + depth * out_strips[t].column + column * stride;
+          for (int64_t r = 0; r < stride; r += kWidth, from += 3 * kWidth / kPanel * kTile) {
+            for (int j = 0; j < kVecs; ++j) {
+              Vec block[kWidth];
+              for (int i = 0; i < kWidth; ++i) {
+                const int64_t row = i / kPanel * 3 * kTile + i % kPanel * kVecs * kWidth;
+                block[i] = load(from + row + j * kWidth);
+              }
+              transpose(block);
+              const int64_t lines = smaller(kWidth, depth - column - j * kWidth);
+              for (int64_t i = 0; i < lines; ++i) {
+                store(to + (j * kWidth + i) * stride + r, block[i]);
+              }
             }
           }
         }
-      }
+      });
     }
   }
 };
 
 // What one modality does with a matrix in a step.
 struct Use {
-  int64_t batch, padded;  // rows, and rows in panels
-  const float* rows;      // panels that were multiplied
-  const float* gradient;  // (batch, gradient_stride) of the products
+  int64_t batch, padded;            // rows, and rows in panels
+  const float* rows = nullptr;      // panels that were multiplied
+  const float* gradient = nullptr;  // (batch, gradient_stride) of the products
   int64_t gradient_stride;
-  const float* next_rows;  // panels that are multiplied with the new weights
-  float* out;              // those products: panels, or (padded, out_stride) where that is not 0
+  const float* next_rows = nullptr;  // panels that are multiplied with the new weights
+  float* out = nullptr;  // those products: panels, or (padded, out_stride) where that is not 0
   int64_t out_stride;
   float* sums;  // (padded, kTileVecs * kWidth)
+  // Features of the step after the next, asked for between tiles: they lie anywhere in memory, and
+  // waiting for them takes a tenth of a step.
+  HeadSource source;
+  const int32_t* later = nullptr;  // null: none
+
+  UML_INLINE void ask(int64_t tile, int64_t tiles) const {
+    const int64_t lines = source.width / 16, total = batch * lines;
+    const int64_t share = (total + tiles - 1) / tiles;
+    for (int64_t i = tile * share; i < smaller(total, (tile + 1) * share); ++i) {
+      const int64_t row = later[i / lines];
+      __builtin_prefetch(source.rows + row * source.width + i % lines * 16, 0, 2);
+    }
+  }
 };
 
 // Part of a pass over one strip.
@@ -252,6 +269,7 @@ struct StripPass {
   int64_t column;
   float* tiles;
   int64_t panels;
+  int64_t strip, strips;
 
   UML_INLINE void update(const Use* uses, int64_t count, int64_t panel, Adam adam) const {
     float* tile = tiles + 3 * panel * kTile;
@@ -259,6 +277,7 @@ struct StripPass {
     clear(total);
     for (int64_t u = 0; u < count; ++u) {
       const Use& use = uses[u];
+      if (use.later) use.ask(strip * panels + panel, strips * panels);
       multiply(total, {use.rows + panel * use.padded * kPanel, 1, kPanel}, use.gradient + column,
                use.gradient_stride, use.batch);
     }
@@ -277,6 +296,7 @@ struct StripPass {
     Vec total[kPanel][kVecs];
     clear(total);
     if (first > 0) {
+#pragma GCC unroll 8
       for (int i = 0; i < kPanel; ++i) {
         for (int j = 0; j < kVecs; ++j) total[i][j] = load(sums + i * kColumns + j * kWidth);
       }
@@ -285,13 +305,14 @@ struct StripPass {
       multiply(total, {use.next_rows + (p * use.padded + row) * kPanel, kPanel, 1},
                tiles + 3 * p * kTile, kColumns, kPanel);
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kPanel; ++i) {
+      for (int j = 0; j < kVecs; ++j) store(sums + i * kColumns + j * kWidth, total[i][j]);
+    }
+    if (last < panels) return;
     for (int i = 0; i < kPanel; ++i) {
       for (int j = 0; j < kVecs; ++j) {
-        if (last < panels) {
-          store(sums + i * kColumns + j * kWidth, total[i][j]);
-        } else {
-          emit(use, row + i, column + j * kWidth, total[i][j]);
-        }
+        emit(use, row + i, column + j * kWidth, load(sums + i * kColumns + j * kWidth));
       }
     }
   }
@@ -318,7 +339,7 @@ UML_INLINE void pass(const Matrix& matrix, const Use* uses, int64_t count, const
     const Strip strip = strips[is_backward ? strips.count() - 1 - s : s];
     with_vecs(strip.vecs, [&]<int kVecs>() {
       const StripPass<kVecs> part{strip.column, matrix.tiles + 3 * matrix.rows * strip.column,
-                                  panels};
+                                  panels, s, strips.count()};
       for (int64_t first = 0; first < panels; first += kPanelsInBlock) {
         const int64_t last = smaller(first + kPanelsInBlock, panels);
         for (int64_t p = first; adam && p < last; ++p) part.update(uses, count, p, *adam);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from uml_fast.grid import (
 from uml_fast.grid.features import sample_order
 from uml_fast.grid.heads import Heads, Lesson
 from uml_fast.grid.reference import look, train_cell
+from uml_fast.grid.stacked import StackedHeads
 from uml_fast.grid.train import chosen_samples, next_lesson
 
 SHORT = HeadSchedule(steps=120, eval_every=20, warmup_steps=10, patience=3)
@@ -54,9 +56,10 @@ UNIMODAL = ("image",)
 THREE = ("image", "audio", "text")
 
 
-def one_lesson(data: HeadData, cell: Cell, steps: int = 30) -> Lesson:
+def one_lesson(data: HeadData, cell: Cell, steps: int = 30, begin: int = 0) -> Lesson:
     held_out = np.arange(len(data.validation), dtype=np.int32)
-    return next_lesson(cell, chosen_samples(data, cell), held_out, 0, steps, SHORT)
+    chosen = chosen_samples(data, cell)
+    return next_lesson(cell, chosen, held_out, begin, begin + steps, SHORT)
 
 
 CELLS = [
@@ -120,6 +123,53 @@ def assert_steps_match(data: HeadData, cell: Cell) -> None:
     for got, same, exact in zip(*results, expected, strict=True):
         allowed = 2 * (same - exact).abs().max() + 2e-6
         assert (got - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("shape", [{}, {"ratio": 2.0}, {"modalities": THREE}, {"project": False}])
+def test_stacked_cells_take_the_steps_of_the_reference(shape: dict[str, Any]) -> None:
+    data = made_data(37, 37) if "project" in shape else made_data()
+    cells = [
+        Cell(lr=1e-2, batch=6, seed=1, **shape),
+        Cell(lr=1e-3, batch=6, seed=2, alpha=0.3, weight_decay=0.1, learn_scale=False, **shape),
+        Cell(lr=3e-3, batch=6, seed=3, scale=4.0, **shape),
+        Cell(lr=3e-3, batch=4, seed=3, **shape),
+    ]
+    stack = StackedHeads(data, cells, torch.device("cpu"))
+    for begin in (0, 20):
+        lessons = {}
+        for slot, cell in enumerate(cells):
+            stack.start(slot, cell) if begin == 0 else None
+            lessons[slot] = one_lesson(data, cell, 20, begin)
+        right = stack.train(lessons)
+    for slot, cell in enumerate(cells):
+        plain = Heads(data, [cell], 1)
+        plain.start(0, cell)
+        for begin in (0, 20):
+            lesson = one_lesson(data, cell, 20, begin)
+            train_cell(plain, 0, lesson)
+        for got, same in zip(
+            stack.parts(slot, cell).tensors(), plain.parts(0, cell).tensors(), strict=True
+        ):
+            torch.testing.assert_close(got, same, rtol=0, atol=2e-5)
+        assert abs(right[slot] - look(plain, 0, lesson)) <= 1
+        torch.testing.assert_close(stack.folded(slot), plain.folded(0), rtol=0, atol=1e-4)
+
+
+def test_a_stacked_grid_is_the_same_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("uml_fast.grid.stacked._CPU_SLOTS", 5)  # cells have to wait for slots
+    data = made_data()
+    cells = product(modalities=(UNIMODAL, THREE), lr=(1e-2, 1e-3), batch=(4, 6), shots=(2, 0))
+    plain = train_grid(data, cells, SHORT, keep_weights=True)
+    stacked = train_grid(data, cells, SHORT, stacked=True, keep_weights=True)
+    assert len({r.steps for r in stacked}) > 1
+    for a, b in zip(plain, stacked, strict=True):
+        assert (a.step, a.steps, a.validation) == (b.step, b.steps, b.validation)
+        torch.testing.assert_close(a.weight, b.weight, rtol=0, atol=1e-3)
+
+
+def test_cells_on_a_gpu_are_stacked() -> None:
+    with pytest.raises(ConfigError, match=r"use --device cpu|are stacked"):
+        train_grid(made_data(), [Cell()], SHORT, device="cuda", stacked=False)
 
 
 def in_float64(data: HeadData, heads: Heads, lesson: Lesson) -> list[torch.Tensor]:

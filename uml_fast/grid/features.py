@@ -149,11 +149,6 @@ def stream(*parts: int | str) -> np.random.Generator:
     return np.random.default_rng(key)
 
 
-@functools.lru_cache(maxsize=256)
-def _shuffled(seed: int, split: str, label: int, count: int) -> np.ndarray:
-    return stream(seed, "shots", split, label).permutation(count)
-
-
 def few_shot(labels: Tensor, shots: int, seed: int, split: str) -> np.ndarray:
     """int32 samples: ``shots`` of each class, or all where it has fewer; 0: all samples.
 
@@ -163,15 +158,26 @@ def few_shot(labels: Tensor, shots: int, seed: int, split: str) -> np.ndarray:
     of = labels.numpy()
     if shots == 0:
         return np.arange(len(of), dtype=np.int32)
-    order = np.argsort(of, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(of[order])) + 1)
-    chosen = [g[_shuffled(seed, split, int(of[g[0]]), len(g))[:shots]] for g in groups]
-    return np.sort(np.concatenate(chosen)).astype(np.int32)
+    order = np.lexsort((stream(seed, "shots", split).random(len(of)), of))
+    ordered = of[order]
+    place_in_class = np.arange(len(of)) - np.searchsorted(ordered, ordered)
+    return np.sort(order[place_in_class < shots]).astype(np.int32)
 
 
 @functools.lru_cache(maxsize=512)
 def _epoch(seed: int, modality: str, epoch: int, samples: int) -> np.ndarray:
     return stream(seed, "order", modality, epoch).permutation(samples).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=128)
+def _positions(
+    seed: int, modality: str, samples: int, batch: int, begin: int, end: int
+) -> np.ndarray:
+    first, last = begin * batch, end * batch
+    epochs = range(first // samples, -(-last // samples))
+    order = np.concatenate([_epoch(seed, modality, e, samples) for e in epochs])
+    at = first - epochs[0] * samples
+    return order[at : at + last - first].reshape(-1, batch)
 
 
 def sample_order(
@@ -182,10 +188,6 @@ def sample_order(
     One permutation of ``chosen`` after another; a batch may hold the end of one and the beginning
     of the next, so that every sample comes once an epoch whatever the batch.
     """
-    first, last, n = begin * batch, end * batch, len(chosen)
-    if first == last:
+    if begin == end:
         return np.empty((0, batch), np.int32)
-    epochs = range(first // n, -(-last // n))
-    order = np.concatenate([_epoch(seed, modality, e, n) for e in epochs])
-    at = first - epochs[0] * n
-    return np.ascontiguousarray(chosen[order[at : at + last - first]].reshape(-1, batch))
+    return chosen[_positions(seed, modality, len(chosen), batch, begin, end)]

@@ -10,6 +10,7 @@ the projection (D, E) of each modality that has one, in the cell's order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -41,11 +42,11 @@ class Bank:
     """int32 (n,)."""
 
     @staticmethod
-    def of(features: Features) -> Bank:
+    def of(features: Features, device: torch.device) -> Bank:
         """A copy of features."""
-        rows = torch.zeros(len(features), padded(features.width))
+        rows = torch.zeros(len(features), padded(features.width), device=device)
         rows[:, : features.width] = features.rows
-        return Bank(rows, features.labels.int())
+        return Bank(rows, features.labels.int().to(device))
 
     @property
     def width(self) -> int:
@@ -70,14 +71,14 @@ class Lesson:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Parts:
-    """Views of a cell's parameters, or of a moment of them."""
+    """Views of a cell's parameters, or of a moment of them; of several cells with a first axis."""
 
     scales: Tensor
-    """(k,) logit scales."""
+    """(..., k) logit scales."""
     head: Tensor
-    """(E, C)."""
+    """(..., E, C)."""
     projections: tuple[Tensor | None, ...]
-    """(D, E) of each of the k modalities; None: its features are the head's input."""
+    """(..., D, E) of each of the k modalities; None: its features are the head's input."""
 
     def tensors(self) -> list[Tensor]:
         """Those that there are: scales, head, projections."""
@@ -91,21 +92,34 @@ class Heads:
         data: features and sizes.
         cells: those that slots must have room for.
         slots: K.
+        device: where they lie.
     """
 
-    def __init__(self, data: HeadData, cells: Iterable[Cell], slots: int) -> None:
+    def __init__(
+        self,
+        data: HeadData,
+        cells: Iterable[Cell],
+        slots: int,
+        device: torch.device = torch.device("cpu"),  # noqa: B008
+    ) -> None:
         self.data = data
         self.classes = data.classes
+        self.slots = slots
         cells = list(cells)
         self.banks = {
-            name: Bank.of(data.train[name])
+            name: Bank.of(data.train[name], device)
             for name in {m: None for c in cells for m in c.modalities}
         }
-        self.validation = Bank.of(data.validation)
-        self._state = torch.zeros(slots, 3, max(self._floats(c) for c in cells))
-        self._folded = torch.zeros(slots, self.validation.width, padded(self.classes))
+        self.validation = Bank.of(data.validation, device)
+        self._test = Bank.of(data.test, device)
+        size = max(self.floats(c) for c in cells)
+        self._state = torch.zeros(slots, 3, size, device=device)
+        self._folded = torch.zeros(
+            slots, self.validation.width, padded(self.classes), device=device
+        )
 
-    def _floats(self, cell: Cell) -> int:
+    def floats(self, cell: Cell) -> int:
+        """Length of a cell's row of parameters."""
         width = self.banks[cell.modalities[-1]].width
         inputs = sum(self.banks[m].width for m in cell.modalities if cell.is_projected(m))
         return padded(len(cell.modalities)) + width * (padded(self.classes) + inputs)
@@ -115,10 +129,13 @@ class Heads:
 
         ``kind`` 0: weights; 1, 2: first and second moments of AdamW.
         """
-        row = self._state[slot, kind]
+        return self.views(self._state[slot, kind], cell)
+
+    def views(self, row: Tensor, cell: Cell) -> Parts:
+        """Views of a cell's row of parameters, or (..., floats) of several like it."""
         rows, cols = self.banks[cell.modalities[-1]].width, padded(self.classes)
         at = padded(len(cell.modalities))
-        head = row[at : at + rows * cols].view(rows, cols)
+        head = row[..., at : at + rows * cols].unflatten(-1, (rows, cols))
         at += rows * cols
         projections: list[Tensor | None] = []
         for modality in cell.modalities:
@@ -126,9 +143,9 @@ class Heads:
                 projections.append(None)
                 continue
             width = self.banks[modality].width
-            projections.append(row[at : at + width * rows].view(width, rows))
+            projections.append(row[..., at : at + width * rows].unflatten(-1, (width, rows)))
             at += width * rows
-        return Parts(row[: len(cell.modalities)], head, tuple(projections))
+        return Parts(row[..., : len(cell.modalities)], head, tuple(projections))
 
     def start(self, slot: int, cell: Cell) -> None:
         """Put a cell with its first weights into a slot (torch.nn.Linear's distribution)."""
@@ -137,16 +154,13 @@ class Heads:
         parts.scales.fill_(cell.scale)
         width = train[cell.modalities[-1]].width
 
-        def draw(name: str, rows: int, cols: int) -> Tensor:
-            values = stream(cell.seed, "weights", name).random((rows, cols), dtype=np.float32)
-            return torch.from_numpy(values * 2 - 1) / rows**0.5
-
         for modality, projection in zip(cell.modalities, parts.projections, strict=True):
             if projection is not None:
                 rows = train[modality].width
-                projection[:rows, :width] = draw(modality, rows, width)
-        first = draw("head", width, self.classes)
-        if cell.init != "random":
+                projection[:rows, :width] = _first_weights(cell.seed, modality, rows, width)
+        if cell.init == "random":
+            first = _first_weights(cell.seed, "head", width, self.classes)
+        else:
             first = class_directions(self.data, cell).T
         parts.head[:width, : self.classes] = first
 
@@ -154,6 +168,12 @@ class Heads:
         """View of (D, C) the one matrix that a cell is for a sample of the target, as it was after
         its last lesson."""
         return self._folded[slot, : self.data.train[self.data.target].width, : self.classes]
+
+    def test_accuracy(self, weight: Tensor) -> float:
+        """Of the (D, C) matrix of a cell, on the test samples."""
+        width = weight.shape[0]
+        right = (self._test.rows[:, :width] @ weight).argmax(1) == self._test.labels
+        return float(right.float().mean())
 
     def train(self, lessons: Mapping[int, Lesson]) -> dict[int, int]:
         """The next steps of the cells in some slots; how many held-out samples each gets right."""
@@ -190,6 +210,12 @@ class Heads:
             ],
         )  # fmt: skip
         return dict(zip(lessons, right, strict=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _first_weights(seed: int, name: str, rows: int, cols: int) -> Tensor:
+    values = stream(seed, "weights", name).random((rows, cols), dtype=np.float32)
+    return torch.from_numpy((values * 2 - 1) / np.float32(rows**0.5))
 
 
 def class_directions(data: HeadData, cell: Cell) -> Tensor:

@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uml_fast.config import require
+from uml_fast.device import resolve_device
 from uml_fast.grid.cells import Cell, HeadSchedule
 from uml_fast.grid.features import HeadData, few_shot, sample_order
 from uml_fast.grid.heads import Heads, Lesson
+from uml_fast.grid.stacked import StackedHeads
 
 _SLOTS = 32
 """Cells in training at a time: enough to keep the threads busy while single ones stop."""
@@ -64,6 +67,8 @@ def train_grid(
     cells: Sequence[Cell],
     schedule: HeadSchedule | None = None,
     *,
+    device: str = "cpu",
+    stacked: bool | None = None,
     keep_weights: bool = False,
     on_result: Callable[[int, CellResult], None] | None = None,
 ) -> list[CellResult]:
@@ -73,22 +78,31 @@ def train_grid(
         data: features of every modality.
         cells: what is trained (``product`` makes them).
         schedule: length, learning rate and early stopping; None: the paper's.
+        device: "cpu", "cuda", "cuda:N" or "auto".
+        stacked: train cells of one shape in batched products (``uml_fast.grid.stacked``), many at
+            a time, rather than one on each core; None: where the device is a GPU.
         keep_weights: also give the matrix of each cell (D * C floats each).
         on_result: called with the place in ``cells`` and the result of a cell when it ends.
 
     Raises:
         DataError: a cell that these samples cannot train (``HeadData.check``).
+        ConfigError: a device that is not there, or cells that are not stacked on a GPU.
     """
+    place = resolve_device(device)
+    stacked = place.type == "cuda" if stacked is None else stacked
+    require(stacked or place.type == "cpu", f"cells on {place} are stacked; set stacked=None")
     schedule = schedule or HeadSchedule()
     for cell in cells:
         data.check(cell)
     if not cells:
         return []
     waiting = list(enumerate(cells))[::-1]
-    slots = min(_SLOTS, len(cells))
-    heads = Heads(data, cells, slots)
+    if stacked:
+        heads: Heads = StackedHeads(data, cells, place)
+    else:
+        heads = Heads(data, cells, min(_SLOTS, len(cells)))
     held: dict[int, _Progress] = {}
-    free = list(range(slots))
+    free = list(range(heads.slots))
     results: dict[int, CellResult] = {}
     while waiting or held:
         while waiting and free:
@@ -100,7 +114,7 @@ def train_grid(
         for slot, right in heads.train(lessons).items():
             progress = held[slot]
             if _ends(progress, right, heads.folded(slot), schedule):
-                result = _result(data, progress, keep_weights)
+                result = _result(heads, progress, keep_weights)
                 results[progress.number] = result
                 del held[slot]
                 free.append(slot)
@@ -136,11 +150,10 @@ def _ends(progress: _Progress, right: int, folded: Tensor, schedule: HeadSchedul
     return progress.done >= schedule.steps or progress.failures >= schedule.patience
 
 
-def _result(data: HeadData, progress: _Progress, keep_weights: bool) -> CellResult:
-    right = (data.test.rows @ progress.weight).argmax(1) == data.test.labels
+def _result(heads: Heads, progress: _Progress, keep_weights: bool) -> CellResult:
     return CellResult(
         progress.cell, progress.best, progress.best_step, progress.done,
-        float(right.float().mean()), progress.weight if keep_weights else None,
+        heads.test_accuracy(progress.weight), progress.weight.cpu() if keep_weights else None,
     )  # fmt: skip
 
 
