@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.numerics import assert_equal, assert_matches, forward_backward
 from uml_fast.kernels.feed_forward import SPEC, feed_forward, feed_forward_reference
@@ -52,11 +53,21 @@ def test_gradients_have_the_dtype_of_the_masters() -> None:
 
 
 @pytest.mark.native
-def test_frozen_block_gives_the_input_gradient_alone() -> None:
-    x = arguments(4, 8, 16, torch.float32)
-    x["input"].requires_grad_()
-    native(**x).sum().backward()
-    assert x["input"].grad is not None and x["weight_up"].grad is None
+@ACTIVATIONS
+def test_frozen_block_takes_the_input_gradient_and_no_other_product(activation: str) -> None:
+    found, products = [], []
+    for trains in (True, False):
+        x = arguments(4, 8, 16, torch.float32, activation)
+        x["input"].requires_grad_()
+        for name in ("weight_up", "bias_up", "weight_down", "bias_down"):
+            x[name].requires_grad_(trains)
+        out = native(**x).sum()
+        with FlopCounterMode(display=False) as counter:
+            out.backward()
+        found.append(x["input"].grad)
+        products.append(counter.get_total_flops())
+        assert (x["weight_up"].grad is not None) == trains
+    assert torch.equal(*found) and products[1] == products[0] / 2
 
 
 @pytest.mark.native
@@ -129,6 +140,11 @@ def test_compiled_and_opcheck(rng_key: Tensor, activation: str) -> None:
     inputs |= {"dropout_p": 0.5, "rng_key": rng_key}
     compiled = torch.compile(feed_forward, fullgraph=True, backend="aot_eager")
     assert_equal(forward_backward(compiled, inputs), forward_backward(feed_forward, inputs))
+    frozen = {n: t.clone() if isinstance(t, Tensor) else t for n, t in inputs.items()}
+    frozen["input"].requires_grad_()
+    grads = [torch.autograd.grad(f(**frozen).sum(), frozen["input"])[0]
+             for f in (compiled, feed_forward)]  # fmt: skip
+    assert torch.equal(*grads)
     tensors = arguments(5, 8, 16, torch.float32, activation)
     torch.library.opcheck(
         torch.ops.uml_fast.feed_forward_fwd.default,

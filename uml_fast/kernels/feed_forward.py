@@ -110,13 +110,16 @@ def _fwd(
 def _bwd(
     choice: Choice, grad_out: Tensor, input: Tensor, weight_up: Tensor, bias_up: Tensor,
     weight_down: Tensor, bias_down: Tensor, hidden: Tensor, product: Tensor, activation: str,
-    dropout_p: float, rng_key: Tensor | None, site: int,
+    dropout_p: float, rng_key: Tensor | None, site: int, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight_up, bias_up, weight_down and bias_down."""
+    """Gradients of input, weight_up, bias_up, weight_down and bias_down.
+
+    ``trains`` False: weights and biases are frozen, and what stands for their gradients is empty.
+    """
     if choice != "reference":
         a, b, c, d, e = implementation(NAME, choice).bwd(
             grad_out.contiguous(), input, weight_up, bias_up, weight_down, hidden, product,
-            activation, dropout_p, rng_key, site,
+            activation, dropout_p, rng_key, site, trains,
         )  # fmt: skip
         return a, b, c.to(bias_up.dtype), d, e.to(bias_down.dtype)
     reference = functools.partial(
@@ -151,18 +154,20 @@ def _(input, weight_up, bias_up, weight_down, bias_down, activation, dropout_p, 
 def _bwd_op(
     grad_out: Tensor, input: Tensor, weight_up: Tensor, bias_up: Tensor, weight_down: Tensor,
     bias_down: Tensor, hidden: Tensor, product: Tensor, activation: str, dropout_p: float,
-    rng_key: Tensor | None, site: int,
+    rng_key: Tensor | None, site: int, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return _bwd(
         choose(NAME, "auto", input), grad_out, input, weight_up, bias_up, weight_down, bias_down,
-        hidden, product, activation, dropout_p, rng_key, site,
+        hidden, product, activation, dropout_p, rng_key, site, trains,
     )  # fmt: skip
 
 
 @_bwd_op.register_fake
-def _(grad_out, input, weight_up, bias_up, weight_down, bias_down, *_):
-    tensors = (input, weight_up, bias_up, weight_down, bias_down)
-    return tuple(t.new_empty(t.shape) for t in tensors)
+def _(grad_out, input, weight_up, bias_up, weight_down, bias_down, *rest):
+    trains = rest[-1]
+    weights = (weight_up, bias_up, weight_down, bias_down)
+    of_weights = (t.new_empty(t.shape if trains else 0) for t in weights)
+    return input.new_empty(input.shape), *of_weights
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -178,9 +183,10 @@ def _backward(ctx: Any, grad_out: Tensor | None, *_: Tensor | None) -> tuple[Ten
     if grad_out is None:
         return (None,) * 9
     *saved, rng_key = ctx.saved_tensors
-    arguments: tuple[Any, ...] = (grad_out, *saved, *ctx.options, rng_key, ctx.site)
-    grads = _bwd(ctx.choice, *arguments) if ctx.choice else _bwd_op(*arguments)
-    return *grads, *[None] * 4
+    trains = any(ctx.needs_input_grad[-8:-4])
+    arguments: tuple[Any, ...] = (grad_out, *saved, *ctx.options, rng_key, ctx.site, trains)
+    grad, *of_weights = _bwd(ctx.choice, *arguments) if ctx.choice else _bwd_op(*arguments)
+    return grad, *(of_weights if trains else [None] * 4), *[None] * 4
 
 
 _apply = differentiable("FeedForward", _fwd, _fwd_op, _setup, _backward)

@@ -56,10 +56,12 @@ def fwd(
 def bwd(
     grad_out: Tensor, input: Tensor, weight_up: Tensor, bias_up: Tensor, weight_down: Tensor,
     hidden: Tensor, product: Tensor, activation: str, dropout_p: float, rng_key: Tensor | None,
-    site: int,
+    site: int, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight_up, bias_up (fp32), weight_down and bias_down (fp32)."""
-    grad_down = _weight_gradient(grad_out, hidden)
+    """Gradients of input, weight_up, bias_up (fp32), weight_down and bias_down (fp32).
+
+    Those of frozen weights (``trains`` False) are empty.
+    """
     grad = torch.mm(grad_out, weight_down)
     grad_pre = torch.empty_like(product) if activation == "swiglu" else grad
     saved = hidden if activation == "relu" else product
@@ -70,6 +72,10 @@ def bwd(
         bias.data_ptr(), grad.data_ptr(), grad_pre.data_ptr(), grad_bias.data_ptr(), *grad.shape,
         *mask_arguments(dropout_p, rng_key, site),
     )  # fmt: skip
-    grad_up = _weight_gradient(grad_pre, input)
     grad_input = torch.mm(grad_pre, weight_up)
+    if not trains:
+        none = [grad.new_empty(0) for _ in range(4)]
+        return grad_input, none[0], none[1], none[2], none[3]
+    grad_up = _weight_gradient(grad_pre, input)
+    grad_down = _weight_gradient(grad_out, hidden)
     return grad_input, grad_up, grad_bias, grad_down, _column_sum(grad_out)

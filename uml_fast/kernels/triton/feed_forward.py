@@ -308,9 +308,12 @@ def fwd(
 def bwd(
     grad_out: Tensor, input: Tensor, weight_up: Tensor, bias_up: Tensor, weight_down: Tensor,
     hidden: Tensor, product: Tensor, activation: str, dropout_p: float, rng_key: Tensor | None,
-    site: int,
+    site: int, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of input, weight_up, bias_up (fp32), weight_down and bias_down (fp32)."""
+    """Gradients of input, weight_up, bias_up (fp32), weight_down and bias_down (fp32).
+
+    Those of frozen weights (``trains`` False) are empty.
+    """
     T, N = hidden.shape
     P = len(weight_up)
     c = launch_config(T, N, grad_out.shape[1], input.dtype, is_wide=activation == "swiglu")
@@ -325,8 +328,11 @@ def bwd(
         BLOCK_N=c.block_cols, BLOCK_K=c.block_inner, num_warps=c.num_warps,
         num_stages=c.num_stages,
     )  # fmt: skip
-    grad_up = torch.mm(grad.t(), input)
     grad_input = torch.mm(grad, weight_up)
+    if not trains:
+        none = [grad.new_empty(0) for _ in range(4)]
+        return grad_input, none[0], none[1], none[2], none[3]
+    grad_up = torch.mm(grad.t(), input)
     grad_down = torch.mm(grad_out.t(), hidden)
     grad_bias_down = grad_out.sum(0, dtype=torch.float32)
     return grad_input, grad_up, partial_sum(partial), grad_down, grad_bias_down
