@@ -130,6 +130,10 @@ def test_the_run_s_own_test_set_has_the_accuracy_of_its_results(
     expected = {(r["mode"], r["seed"]): r["head"] for r in summary["results"]}
     assert values(analysed, "shift", "same") == pytest.approx(expected)
     assert values(analysed, "shift_all", "same") == {}  # it has every class
+    assert values(analysed, "test") == pytest.approx(expected)
+    (bars,) = [c for c in analysed["charts"] if c["kind"] == "bars"]
+    assert bars["names"] == ["test", "sketch", "same"]
+    assert bars["bars"]["uml"][0] == bars["bars"]["uml"][2]
     comparison = summary["comparison"][0]
     shown = row(analysed, "accuracy on same")
     assert shown["paired_diff_mean"] == pytest.approx(comparison["paired_diff_mean"])

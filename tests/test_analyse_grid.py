@@ -119,7 +119,9 @@ def test_settings_head_their_rows(run: Path, analysed: dict[str, Any]) -> None:
     assert settings == [f"{s}, auxiliary shots {t}" for s in ("1 shot", "4 shots") for t in (1, 6)]
     text = (run / "report.html").read_text()
     assert text.count('<th colspan="8">4 shots, auxiliary shots 6</th>') == 1
-    assert {c["kind"] for c in analysed["charts"]} == {"histogram", "boundary", "heat", "plane"}
+    assert {c["kind"] for c in analysed["charts"]} == {
+        "histogram", "boundary", "heat", "plane", "bars",
+    }  # fmt: skip
 
 
 def test_one_number_of_texts_gives_no_rate_and_other_features_no_alignment(

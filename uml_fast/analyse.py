@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from uml_fast.analysis.findings import Findings, Of
-from uml_fast.analysis.of_heads import Trained, head_findings, pair_findings, pictures
+from uml_fast.analysis.of_heads import (
+    Trained,
+    head_findings,
+    own_accuracy,
+    pair_findings,
+    pictures,
+)
 from uml_fast.cli import run_main
 from uml_fast.config import ConfigError, RunConfig, require
 from uml_fast.data.source import DataError
@@ -83,6 +89,7 @@ def analyse(
         found = Findings(compared, (mode_name(compared[0]), mode_name(compared[1])))
         trials = finished_trials(folder)
         _analyse_run(found, folder, config, trials, shifted or {}, pairs or {})
+    found.charts += found.shift_charts()
     return {
         "recipe": config.recipe, "target": config.target, "compared": list(compared),
         "trials": [list(t) for t in trials], "rows": found.rows(), "exchange_rates": rates,
@@ -131,6 +138,8 @@ def _analyse_heads(
             if h is not None:
                 trained.append(look_at_head(found, h, data, setting, config))
                 head_findings(found, trained[-1])
+                if sets:
+                    own_accuracy(found, trained[-1])
                 shifted_heads(found, trained[-1], sets, data.class_names, renames)
         if len(trained) == 2:
             pair_findings(found, *trained)
@@ -167,6 +176,8 @@ def _analyse_run(
                 raise DataError("the test samples have no classes")
             trained = seen.setdefault(seed, {})[mode] = look(observed)
             head_findings(found, trained)
+            if sets:
+                own_accuracy(found, trained)
             shift_findings(found, observed, sets)
         if mode == config.compared[1]:
             _neurons(found, observed, pairs, folder / "trials" / f"{mode}-{seed}")

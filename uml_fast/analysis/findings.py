@@ -36,12 +36,13 @@ class Quantity:
 
 
 QUANTITIES = {
+    "test": Quantity("accuracy on the run's test samples", "figures 5, 12 to 15", "higher", True),
     "shift": Quantity("accuracy on {}", "figures 5, 12 to 15", "higher", True),
     "shift_all": Quantity(
         "accuracy on {}, among all classes", "figures 5, 12 to 15", "higher", True
     ),
     "margin": Quantity("mean functional margin", "F.3, figure 44", "higher"),
-    "margin_unit": Quantity("mean margin of features of length 1", "F.3, figure 44", "higher"),
+    "margin_unit": Quantity("mean margin, features of length 1", "F.3, figure 44", "higher"),
     "silhouette": Quantity("silhouette of {}", "F.3, figure 45", "higher"),
     "davies_bouldin": Quantity("Davies-Bouldin score of {}", "F.3, figure 46", "lower"),
     "alignment": Quantity("alignment of the head with {}", "figure 47", "higher"),
@@ -50,7 +51,7 @@ QUANTITIES = {
     "neuron_untrained": Quantity("strongest unit between {}, untrained", "4.5, F.1", "neither"),
     "neurons": Quantity("units above the untrained maximum", "4.5, F.1, figure 40", "neither"),
     "cka": Quantity("CKA of {}", "not in the paper", "neither"),
-    "knn": Quantity("mutual nearest neighbours of {}", "not in the paper", "neither", True),
+    "knn": Quantity("mutual neighbours of {}", "not in the paper", "neither", True),
 }  # fmt: skip
 """Every quantity by its name in analysis.json."""
 
@@ -118,6 +119,31 @@ class Findings:
         rows = [next(by_place) if r["paired_diff_mean"] is not None else r for r in rows]
         settings = list(dict.fromkeys(r["setting"] for r in rows))
         return sorted(rows, key=lambda r: settings.index(r["setting"]))
+
+    def shift_charts(self) -> list[dict[str, Any]]:
+        """A chart a setting of the accuracies on the run's test samples and on shifted sets.
+
+        Bars are means over seeds, with Student's t intervals (figures 5 and 12 to 15).
+        """
+        groups: dict[str, dict[str, dict[str, list[float]]]] = {}
+        for v in self.values:
+            if v["quantity"] in ("test", "shift"):
+                of_set = groups.setdefault(v["setting"], {}).setdefault(v["what"] or "test", {})
+                of_set.setdefault(v["mode"], []).append(v["value"])
+        out = []
+        for setting, sets in groups.items():
+            shown = [m for m in self.compared if all(m in values for values in sets.values())]
+            bars = {
+                m: [dataclasses.asdict(mean_interval(values[m])) for values in sets.values()]
+                for m in shown
+            }
+            out.append({
+                "kind": "bars",
+                "title": "accuracy under shift" + (f" ({setting})" if setting else ""),
+                "names": list(sets), "bars": bars,
+                "note": "Means over seeds and their 95 % intervals; the table has the paired ones.",
+            })  # fmt: skip
+        return out
 
     def _row(self, key: tuple[str, str, str], modes: dict[str, dict[int, float]]) -> dict[str, Any]:
         name, what, setting = key

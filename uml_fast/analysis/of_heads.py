@@ -63,6 +63,9 @@ def head_findings(found: Findings, t: Trained) -> None:
         found.add("margin", float(margins.mean()), t.of)
         if not t.is_frozen:
             found.add("margin_unit", float(unit.mean()), t.of)
+            found.notes["margin", "", t.of.setting] = (
+                "in the unit of the embeddings, which each mode trains to a length of its own"
+            )
     for name, (classes, matrix) in t.aligned.items():
         with found.attempt(f"alignment with {name}"):
             a = alignment(matrix)
@@ -76,6 +79,13 @@ def head_findings(found: Findings, t: Trained) -> None:
             )  # fmt: skip
             chance = f"at random {100 / len(classes):.2g} %"
             found.notes["alignment_top1", name, t.of.setting] = chance
+
+
+def own_accuracy(found: Findings, t: Trained) -> None:
+    """Accuracy of the head on the run's own test samples, which shifted sets are compared with."""
+    if t.head is not None:
+        right = (t.rows @ t.head.T).argmax(1) == t.labels
+        found.add("test", float(right.mean()), t.of)
 
 
 def _clusters(found: Findings, t: Trained, rows: np.ndarray, space: str) -> None:

@@ -41,9 +41,9 @@ def side(row: Mapping[str, Any]) -> str:
 
 def print_analyses(analysis: Mapping[str, Any]) -> str:
     """The rows as plain text, then what was left out and why."""
-    width = min(56, max([len(_name(r)) for r in analysis["rows"]], default=0))
+    width = min(44, max([len(_name(r)) for r in analysis["rows"]], default=0))
     heads = (*map(mode_name, compared(analysis)), "difference", "95 % interval", "n")
-    sizes = (11, 11, 12, 19, 4)
+    sizes = (10, 11, 12, 20, 3)
     lines = [" " * width + "".join(f"{h:>{w}}" for h, w in zip(heads, sizes, strict=True))]
     setting = ""
     for r in analysis["rows"]:

@@ -72,7 +72,28 @@ def histogram(c: Mapping[str, Any]) -> str:
             axes.stairs(share, edges, color=MODE_COLOUR[mode], fill=True, alpha=0.14, lw=0)
         axes.axvline(0, color=MUTED, lw=0.9)
         axes.set_xlabel(c["xlabel"])
-        axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:.0f} %")
+        axes.yaxis.set_major_locator(ticker().MaxNLocator(5))
+        axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:g} %")
+
+    return chart(c["title"], draw)
+
+
+def bars(c: Mapping[str, Any]) -> str:
+    """Accuracies on several sets, a bar a mode with its interval."""
+
+    def draw(axes: Any) -> None:
+        at, width = np.arange(len(c["names"])), 0.8 / max(len(c["bars"]), 1)
+        for k, (mode, found) in enumerate(c["bars"].items()):
+            x = at + (k - (len(c["bars"]) - 1) / 2) * width
+            axes.bar(x, [f["mean"] for f in found], 0.92 * width, color=MODE_COLOUR[mode], lw=0,
+                     alpha=0.8)  # fmt: skip
+            for place, f in zip(x, found, strict=True):
+                if f["ci95_low"] is not None:
+                    ends = max(0.0, f["ci95_low"]), min(1.0, f["ci95_high"])
+                    axes.plot([place, place], ends, color=INK, lw=1)
+        axes.set_xticks(at, c["names"])
+        axes.grid(axis="x", visible=False)
+        axes.yaxis.set_major_formatter(lambda v, _: f"{100 * v:g} %")
 
     return chart(c["title"], draw)
 
@@ -140,7 +161,7 @@ def plane(c: Mapping[str, Any]) -> str:
 
 
 DRAWN: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "boundary": boundary, "heat": heat, "histogram": histogram, "lines": lines,
+    "bars": bars, "boundary": boundary, "heat": heat, "histogram": histogram, "lines": lines,
     "neurons": neurons, "plane": plane,
 }  # fmt: skip
 """Kind of chart -> what draws it."""
