@@ -142,3 +142,24 @@ TEXT = {
         )
     ),
 }  # fmt: skip
+
+VISION = {
+    "ViT": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**IMAGE)),
+    "DINOv2": lambda: transformers.Dinov2Model(
+        transformers.Dinov2Config(**{k: v for k, v in IMAGE.items() if k != "intermediate_size"})
+    ),
+    "DINOv2 giant's swiglu": lambda: transformers.Dinov2Model(
+        transformers.Dinov2Config(
+            **{k: v for k, v in IMAGE.items() if k != "intermediate_size"}, use_swiglu_ffn=True
+        )
+    ),
+    "CLIP": lambda: transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=SMALL | {"vocab_size": 50, "eos_token_id": 49}, vision_config=IMAGE,
+            projection_dim=24,
+        )
+    ),
+    "CLIP's tower alone": lambda: transformers.CLIPVisionModel(
+        transformers.CLIPVisionConfig(**IMAGE)
+    ),
+}  # fmt: skip

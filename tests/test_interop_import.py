@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from tests.foreign_models import (
-    IMAGE,
     NORMAL,
     RNG,
-    SMALL,
     TEXT,
+    VISION,
     assert_same,
     embed,
     images,
@@ -24,7 +23,6 @@ from tests.foreign_models import (
     save_timm,
     save_transformers,
     shake,
-    transformers,
 )
 from uml_fast.modalities.image import ImageConfig, to_patches
 from uml_fast.modalities.text import TextConfig
@@ -73,28 +71,6 @@ def test_timm(kind: str, tmp_path: Path) -> None:
     for m in sizes:
         x = normalised(pixels[m.name], NORMAL["image_mean"], NORMAL["image_std"])  # type: ignore[arg-type]
         assert_same(found[m.name], model.forward_head(model.forward_features(x), pre_logits=True))
-
-
-VISION = {
-    "ViT": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**IMAGE)),
-    "DINOv2": lambda: transformers.Dinov2Model(
-        transformers.Dinov2Config(**{k: v for k, v in IMAGE.items() if k != "intermediate_size"})
-    ),
-    "DINOv2 giant's swiglu": lambda: transformers.Dinov2Model(
-        transformers.Dinov2Config(
-            **{k: v for k, v in IMAGE.items() if k != "intermediate_size"}, use_swiglu_ffn=True
-        )
-    ),
-    "CLIP": lambda: transformers.CLIPModel(
-        transformers.CLIPConfig(
-            text_config=SMALL | {"vocab_size": 50, "eos_token_id": 49}, vision_config=IMAGE,
-            projection_dim=24,
-        )
-    ),
-    "CLIP's tower alone": lambda: transformers.CLIPVisionModel(
-        transformers.CLIPVisionConfig(**IMAGE)
-    ),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", VISION)

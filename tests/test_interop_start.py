@@ -13,6 +13,7 @@ import torch
 from tests.foreign_models import (
     RNG,
     TEXT,
+    VISION,
     embed,
     images,
     run_of,
@@ -136,7 +137,7 @@ def test_pickles_are_not_opened(name: str, tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no folder /no/where"):
         load_pretrained("/no/where")
-    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     torch.save({}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"cannot read .* as safetensors"):
         load_pretrained(str(tmp_path))
@@ -177,3 +178,18 @@ def test_class_token_learns_and_is_pooled() -> None:
     assert token is not None and token.grad is not None and token.grad.any()
     with pytest.raises(ConfigError, match="class_token"):
         image.build(16, 16, decode=True)
+
+
+def test_network_without_its_weights(tmp_path: Path) -> None:
+    """What a checkpoint is needs its weights' headers at most."""
+    model = shake(VISION["CLIP"]())
+    save_transformers(model, tmp_path, is_image=True)
+    source = f"{tmp_path}#vision"
+    known, whole = load_pretrained(source, weights=False), load_pretrained(source)
+    assert known.tensors == {} and whole.tensors
+    assert (known.backbone, known.modality) == (whole.backbone, whole.modality)
+    assert known.backbone.embedding == 24
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_pretrained(source, weights=False)

@@ -55,7 +55,7 @@ def _shared(backbone: BackboneConfig) -> BackboneConfig:
     source = _init_from(backbone)
     if not source:
         return backbone
-    theirs = load_pretrained(source).backbone
+    theirs = load_pretrained(source, weights=False).backbone
     logger.info("backbone: %d layers of width %d, as in %s", theirs.layers, theirs.width, source)
     fields = {name: getattr(theirs, name) for name in _BLOCKS}
     if theirs.positions == "rotary":
@@ -66,7 +66,7 @@ def _shared(backbone: BackboneConfig) -> BackboneConfig:
 def _modality(m: ModalityConfig, config: RunConfig) -> ModalityConfig:
     source = _init_from(m.encoder)
     if source:
-        return _with_network(m, load_pretrained(source))
+        return _with_network(m, load_pretrained(source, weights=False))
     if isinstance(m, FeaturesConfig) and m.size == 0:
         return dataclasses.replace(m, size=config.data.feature_size(m.name))
     return m

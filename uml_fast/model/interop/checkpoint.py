@@ -22,7 +22,7 @@ _WANTED = ("config.json", "preprocessor_config.json", "model*.safetensors", INDE
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a checkpoint says of itself, and its weights."""
+    """What a checkpoint says of itself, and where its weights are."""
 
     source: str
     """Path or name, as it was given."""
@@ -30,8 +30,35 @@ class Checkpoint:
     """Where its files are."""
     config: dict[str, Any]
     """config.json: with ``architecture`` it is timm's, with ``model_type`` transformers'."""
-    tensors: dict[str, Tensor]
-    """Weights by the names in the file."""
+    files: tuple[Path, ...]
+    """Weights as safetensors."""
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Shapes of the weights by the names in the files, of which only the headers are read."""
+        from safetensors import SafetensorError, safe_open
+
+        out: dict[str, list[int]] = {}
+        for path in self.files:
+            try:
+                with safe_open(path, "pt") as file:
+                    names = list(file.keys())
+                    out |= {name: file.get_slice(name).get_shape() for name in names}
+            except (OSError, SafetensorError) as e:
+                raise _unreadable(path, e) from e
+        return out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights by the names in the files."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        out: dict[str, Tensor] = {}
+        for path in self.files:
+            try:
+                out |= load_file(path)
+            except (OSError, SafetensorError) as e:
+                raise _unreadable(path, e) from e
+        return out
 
     def image_statistics(self) -> tuple[list[float], list[float]] | None:
         """Mean and deviation of pixel / 255 per channel, where the checkpoint has them."""
@@ -48,21 +75,21 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str) -> Checkpoint:
-    """Read a checkpoint.
+    """Find a checkpoint and read its configuration.
 
     Args:
         source: a folder; ``NAME=FILE``, a timm architecture and its safetensors file; or a name on
             the Hugging Face hub (``timm/vit_small_patch14_dinov2.lvd142m``, ``bert-base-uncased``).
 
     Raises:
-        ConfigError: there is no such folder or name, it lacks a file, the weights are pickled, or a
-            file is broken; says what to do.
+        ConfigError: there is no such folder or name, it lacks a file, the weights are pickled, or
+            the configuration is broken; says what to do.
     """
     name, _, file = source.partition("=")
     if file:
         path = Path(file)
         _refuse_pickle(path)
-        return Checkpoint(source, path.parent, {"architecture": name}, _tensors(path))
+        return Checkpoint(source, path.parent, {"architecture": name}, (path,))
     folder = Path(source)
     if folder.is_file():
         _refuse_pickle(folder)
@@ -75,18 +102,18 @@ def open_checkpoint(source: str) -> Checkpoint:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ConfigError(f"{source}: there is no config.json in {folder}; it names the network")
-    return Checkpoint(source, folder, _read_json(config_file), _all_tensors(folder))
+    return Checkpoint(source, folder, _read_json(config_file), _weight_files(folder))
 
 
-def _all_tensors(folder: Path) -> dict[str, Tensor]:
+def _weight_files(folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX
     if index.is_file():
         files = sorted(set(_read_json(index)["weight_map"].values()))
         if any(Path(f).name != f for f in files):
             raise ConfigError(f"{index} names files outside of its folder: {files}")
-        return {name: t for f in files for name, t in _tensors(folder / f).items()}
+        return tuple(folder / f for f in files)
     if (folder / WEIGHTS).is_file():
-        return _tensors(folder / WEIGHTS)
+        return (folder / WEIGHTS,)
     for path in sorted(folder.iterdir()):
         _refuse_pickle(path)
     raise ConfigError(f"{folder} has no {WEIGHTS}; save the weights as safetensors")
@@ -102,14 +129,8 @@ def _refuse_pickle(path: Path) -> None:
         )
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise ConfigError(f"cannot read {path} as safetensors: {e}") from e
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot read {path} as safetensors: {error}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -38,17 +38,19 @@ class Pretrained:
     modality: ModalityConfig
     """The embedding of images (ImageConfig) or texts (TextConfig) in front of it."""
     tensors: dict[str, Tensor]
-    """fp32: ``backbone.*``, ``stem.*``, ``position``, ``class_token``, ``mean``, ``deviation``."""
+    """fp32: ``backbone.*``, ``stem.*``, ``position``, ``class_token``, ``mean``, ``deviation``.
+    Empty where they were not asked for."""
     antialias: bool
     """Whether its library resamples positions with antialiasing."""
 
 
-def load_pretrained(source: str) -> Pretrained:
+def load_pretrained(source: str, weights: bool = True) -> Pretrained:
     """A network and its weights from a local folder or the Hugging Face hub.
 
     Args:
         source: what ``open_checkpoint`` takes; behind it ``#vision`` or ``#text`` for a tower of
             CLIP.
+        weights: False: what network it is, without reading them.
 
     Raises:
         ConfigError: no such checkpoint, a pickled one, a network that the transformer cannot be, or
@@ -56,22 +58,28 @@ def load_pretrained(source: str) -> Pretrained:
     """
     name, _, tower = source.partition("#")
     found = open_checkpoint(name)
-    network, tensors = _network(found, tower)
-    tensors = {_modern(n): t for n, t in without_prefix(tensors, network.prefix).items()}
-    weights = read_entries(network.entries, tensors, _shapes(network), network.ignored, source)
+    network = _network(found, tower)
+    backbone = dataclasses.replace(network.backbone, init_from=source)
+    tensors = _weights(found, network) if weights else {}
+    return Pretrained(backbone, network.modality, tensors, network.antialias)
+
+
+def _weights(found: Checkpoint, network: Network) -> dict[str, Tensor]:
+    theirs = without_prefix(found.tensors(), network.prefix)
+    theirs = {_modern(name): t for name, t in theirs.items()}
+    ours = read_entries(network.entries, theirs, _shapes(network), network.ignored, found.source)
     if isinstance(network.modality, ImageConfig):
         statistics = found.image_statistics()
         if statistics is None:
             logger.warning(
-                "%s has no mean and deviation of pixels: those of the data serve", source
+                "%s has no mean and deviation of pixels: those of the data serve", found.source
             )
         else:
-            weights["mean"], weights["deviation"] = (torch.tensor(x) for x in statistics)
-    backbone = dataclasses.replace(network.backbone, init_from=source)
-    return Pretrained(backbone, network.modality, weights, network.antialias)
+            ours["mean"], ours["deviation"] = (torch.tensor(x) for x in statistics)
+    return ours
 
 
-def _network(found: Checkpoint, tower: str) -> tuple[Network, dict[str, Tensor]]:
+def _network(found: Checkpoint, tower: str) -> Network:
     config, source = found.config, found.source
     kind = config.get("model_type")
     require(not tower or kind in _CLIP, f"{source} is no CLIP model, so it has no tower {tower!r}")
@@ -80,7 +88,7 @@ def _network(found: Checkpoint, tower: str) -> tuple[Network, dict[str, Tensor]]
         arguments["num_classes"] = config.get("num_classes", 0)
         if "global_pool" in config:
             arguments["global_pool"] = config["global_pool"]
-        return timm_network(config["architecture"], arguments, source), found.tensors
+        return timm_network(config["architecture"], arguments, source)
     if kind not in _FAMILIES and kind not in _CLIP:
         raise ConfigError(
             f"{source} is a model of type {kind!r}; {', '.join([*_FAMILIES, *_CLIP])} and timm's "
@@ -88,11 +96,11 @@ def _network(found: Checkpoint, tower: str) -> tuple[Network, dict[str, Tensor]]
         )
     theirs = _transformers_config(config, source)
     if kind in _FAMILIES:
-        return _FAMILIES[kind](theirs, source), found.tensors
+        return _FAMILIES[kind](theirs, source)
     return _clip(theirs, found, tower)
 
 
-def _clip(theirs: Any, found: Checkpoint, tower: str) -> tuple[Network, dict[str, Tensor]]:
+def _clip(theirs: Any, found: Checkpoint, tower: str) -> Network:
     if theirs.model_type == "clip":
         require(
             tower in ("vision", "text"),
@@ -101,8 +109,8 @@ def _clip(theirs: Any, found: Checkpoint, tower: str) -> tuple[Network, dict[str
         theirs = theirs.vision_config if tower == "vision" else theirs.text_config
     is_vision = theirs.model_type == "clip_vision_model"
     name = "visual_projection.weight" if is_vision else "text_projection.weight"
-    width = len(found.tensors[name]) if name in found.tensors else 0
-    return (clip_vision if is_vision else clip_text)(theirs, found.source, width), found.tensors
+    width = found.shapes().get(name, [0])[0]
+    return (clip_vision if is_vision else clip_text)(theirs, found.source, width)
 
 
 def _transformers_config(config: dict[str, Any], source: str) -> Any:
