@@ -11,7 +11,7 @@ from uml_fast.analysis.statistics import correct_rows, mean_interval, paired_com
 from uml_fast.config import ConfigError
 from uml_fast.files import replace_file
 from uml_fast.grid.baselines import simple_methods
-from uml_fast.grid.data import GridData
+from uml_fast.grid.data import LoadedData
 from uml_fast.grid.results import Head, load_heads
 from uml_fast.grid.run import UNIMODAL, GridConfig
 from uml_fast.log import RunFolderError
@@ -25,13 +25,10 @@ def evaluate_heads(folder: Path, config: GridConfig) -> list[dict[str, Any]]:
         DataError: features or heads cannot be read, or do not belong together.
     """
     out = []
-    loaded: dict[tuple[int, int], GridData] = {}
+    data = LoadedData(config.data, config.modalities)
     for head in load_heads(folder):
         cell = head.record["cell"]
-        key = (cell["seed"], cell["shots"]) if config.data.varies else (0, 0)
-        if key not in loaded:
-            loaded = {key: config.data.load(config.modalities, cell["seed"], cell["shots"])}
-        test = loaded[key].heads.test
+        test = data.of(cell["seed"], cell["shots"]).heads.test
         right = (test.rows @ head.weight).argmax(1) == test.labels
         out.append({
             "mode": head.record["variant"], "seed": cell["seed"], "shots": cell["shots"],
@@ -85,15 +82,14 @@ def export_head(
     return path
 
 
-def baselines(config: GridConfig) -> list[dict[str, Any]]:
+def baselines(config: GridConfig, data: LoadedData) -> list[dict[str, Any]]:
     """Simple methods on the target's features alone, for every number of shots."""
     out = []
-    data = None if config.data.varies else config.data.load(config.modalities, 0, 0)
     for shots in config.shots:
         found: dict[str, list[float]] = {}
         for seed in range(config.seed, config.seed + config.seeds):
-            own = data or config.data.load(config.modalities, seed, shots)
-            for name, accuracy in simple_methods(own.heads, shots, seed).items():
+            own = data.of(seed, shots).heads
+            for name, accuracy in simple_methods(own, shots, seed).items():
                 found.setdefault(name, []).append(accuracy)
         for name, accuracies in found.items():
             mean = mean_interval(accuracies)

@@ -13,7 +13,7 @@ import torch
 
 from uml_fast.config import ConfigError, require
 from uml_fast.grid import HeadData, train_grid
-from uml_fast.grid.data import GridData
+from uml_fast.grid.data import GridData, LoadedData
 from uml_fast.grid.results import Results
 from uml_fast.grid.run import GridCell, GridConfig
 from uml_fast.grid.train import CellResult
@@ -45,8 +45,9 @@ def train_heads(config: GridConfig) -> Path | None:
         "a grid of heads trains in one process; start it without torchrun",
     )
     cells = list(config.cells())
+    data = LoadedData(config.data, config.modalities)
     if not (config.folder / "run.json").exists():
-        config.data.load(config.modalities, config.seed, config.shots[0])  # nothing written yet
+        data.of(config.seed, config.shots[0])  # while nothing is written yet
     folder = open_run(config)
     with locked(folder), StopSignal() as stop:
         results = Results(folder, cells)
@@ -54,7 +55,7 @@ def train_heads(config: GridConfig) -> Path | None:
         started = time.monotonic()
         try:
             taker = _Taker(config.recipe, len(cells), results, status, stop)
-            _train(config, cells, results, folder, taker)
+            _train(config, cells, data, results, folder, taker)
         except _Stopped:
             status.note(
                 f"stopped: {len(results.done):,} of {len(cells):,} heads are kept; the same "
@@ -62,7 +63,7 @@ def train_heads(config: GridConfig) -> Path | None:
             )
             return None
         status.note(f"{len(cells):,} heads, {duration(time.monotonic() - started)}")
-        summary = summarise_heads(config, results.chosen(), baselines(config), len(cells))
+        summary = summarise_heads(config, results.chosen(), baselines(config, data), len(cells))
         write_json(folder / "summary.json", summary)
         report = write_report(folder)
         print(print_table(summary))
@@ -71,18 +72,18 @@ def train_heads(config: GridConfig) -> Path | None:
 
 
 def _datasets(
-    config: GridConfig, cells: Sequence[GridCell], numbers: Sequence[int]
+    loaded: LoadedData, cells: Sequence[GridCell], numbers: Sequence[int]
 ) -> Iterator[tuple[str, GridData, list[int]]]:
     """Name of some features, the features, and the cells among ``numbers`` trained on them."""
     groups: dict[tuple[int, int], dict[bool, list[int]]] = {}
     for number in numbers:
         cell = cells[number].cell
-        key = (cell.seed, cell.shots) if config.data.varies else (config.seed, config.shots[0])
+        key = loaded.key(cell.seed, cell.shots)
         groups.setdefault(key, {}).setdefault(cells[number].is_averaged, []).append(number)
     for (seed, shots), parts in groups.items():
-        data = config.data.load(config.modalities, seed, shots)
+        data = loaded.of(seed, shots)
         for is_averaged, chosen in parts.items():
-            name = f"seed {seed}, {shots} shots" if config.data.varies else "all"
+            name = f"seed {seed}, {shots} shots" if (seed, shots) != (0, 0) else "all"
             if is_averaged:
                 yield f"{name}, averaged", data.averaged(), chosen
             else:
@@ -123,11 +124,12 @@ class _Taker:
 
 
 def _train(
-    config: GridConfig, cells: Sequence[GridCell], results: Results, folder: Path, taker: _Taker
-) -> None:
+    config: GridConfig, cells: Sequence[GridCell], loaded: LoadedData, results: Results,
+    folder: Path, taker: _Taker,
+) -> None:  # fmt: skip
     """Train every head that has no result yet."""
     missing = [i for i in range(len(cells)) if i not in results.done]
-    for name, data, numbers in _datasets(config, cells, missing):
+    for name, data, numbers in _datasets(loaded, cells, missing):
         _check_same_features(folder, name, data.heads)
         metadata = {
             "classes": json.dumps(data.class_names), "target": config.target,

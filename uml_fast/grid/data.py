@@ -55,6 +55,35 @@ class GridDataConfig:
         raise NotImplementedError
 
 
+class LoadedData:
+    """Features of a run by seed and shots; those asked for last stay in memory.
+
+    Args:
+        config: where they come from.
+        modalities: the target first.
+    """
+
+    def __init__(self, config: GridDataConfig, modalities: tuple[str, ...]) -> None:
+        self._config, self._modalities = config, modalities
+        self._last: tuple[tuple[int, int], GridData] | None = None
+
+    def key(self, seed: int, shots: int) -> tuple[int, int]:
+        """Equal for cells that have the same features."""
+        return (seed, shots) if self._config.varies else (0, 0)
+
+    def of(self, seed: int, shots: int) -> GridData:
+        """The features of a cell.
+
+        Raises:
+            DataError: they are missing or cannot be used.
+        """
+        key = self.key(seed, shots)
+        if self._last is None or self._last[0] != key:
+            self._last = None  # two data sets need not fit into memory
+            self._last = key, self._config.load(self._modalities, seed, shots)
+        return self._last[1]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureFiles(GridDataConfig):
     """Files that ``python -m uml_fast.extract`` wrote: <modality>-<split>.safetensors."""
