@@ -62,6 +62,8 @@ bench: $(INSTALLED) $(TOOLS)
 	python -m pytest bench/step.py
 	python -m pytest bench/loader.py
 	python -m pytest bench/grid.py bench/extract.py
+	python -m pytest bench/grid.py
+	python -m pytest bench/multibench.py
 
 clean:
 	rm -rf build dist .pytest_cache .hypothesis .benchmarks .mypy_cache .ruff_cache $(INSTALLED)

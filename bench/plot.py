@@ -1,12 +1,12 @@
 """Rows to the README's table and plots.
 
     python -m bench.plot               reads bench/results/{step,factors,kernels,loader,grid,
-                                       accuracy}_*.json, writes docs/img/step.svg and the tables
-                                       between the markers of README.md and docs/*.md
+                                       multibench,accuracy}_*.json, writes docs/img/step.svg and
+                                       the tables between the markers of README.md and docs/*.md
     python -m bench.plot --print       prints the tables of speed instead
 
 A table goes between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->``: step, factors, kernels,
-loader, grid, or the recipe whose accuracy it shows.
+loader, grid, multibench, or the recipe whose accuracy it shows.
 """
 
 from __future__ import annotations
@@ -71,6 +71,28 @@ def step_table(content: Content) -> str:
             f"({plain['dtype']}) | {ours['valid_tokens_per_s']:,.0f} ({ours['dtype']}) | "
             f"{ratio:.1f} | {plain['fill_pct']:.0f} % / {ours['fill_pct']:.0f} % |"
         )
+    return "\n".join([*lines, "", conditions(content)])
+
+
+def multibench_table(content: Content) -> str:
+    """Markdown: an epoch of each provider, its two parts, and their ratios."""
+    plain, ours = (
+        next(r for r in content["rows"] if r["provider"] == p) for p in ("plain", "uml_fast")
+    )
+
+    def ratio(key: str) -> str:
+        return f"{plain[key] / ours[key]:.1f}"
+
+    lines = [
+        "| MOSI's layout, d = 150, batch 32 | training, s | evaluation, s | epoch, s |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {r['provider']} ({r['dtype']}) | {r['train_s']:.2f} | {r['evaluate_s']:.2f} | "
+            f"{r['p50_ms'] / 1000:.2f} |"
+            for r in (plain, ours)
+        ),
+        f"| times as fast | {ratio('train_s')} | {ratio('evaluate_s')} | {ratio('p50_ms')} |",
+    ]
     return "\n".join([*lines, "", conditions(content)])
 
 
@@ -299,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ("kernels", kernels_table),
             ("loader", loader_table),
             ("grid", grid_table),
+            ("multibench", multibench_table),
         ):
             for content in load(kind):
                 print(f"{table(content)}\n")
@@ -307,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot_step(content, ROOT / "docs" / "img" / "step.svg")
     tables: dict[str, dict[str, str]] = {
         "README.md": {}, "docs/kernels.md": {}, "docs/loading.md": {}, "docs/grid.md": {},
-        "docs/scaling.md": {},
+        "docs/scaling.md": {}, "docs/multibench.md": {},
     }  # fmt: skip
     for kind, file, table in (
         ("step", "README.md", step_table),
@@ -315,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("kernels", "docs/kernels.md", kernels_table),
         ("loader", "docs/loading.md", loader_table),
         ("grid", "docs/grid.md", grid_table),
+        ("multibench", "docs/multibench.md", multibench_table),
         ("scaling", "docs/scaling.md", scaling_table),
     ):
         if found := load(_ROWS_OF.get(kind, kind)):

@@ -179,6 +179,15 @@ def test_table_has_the_ratio_and_the_conditions() -> None:
     assert "A CPU (avx2), 2 cores, threads 2, torch 2.13.0" in table and "0123456789," in table
 
 
+def test_the_multibench_table_has_both_parts_and_their_ratios() -> None:
+    made = content(1000.0)
+    for row, seconds in zip(made["rows"], ((40.0, 20.0), (4.0, 1.0)), strict=True):
+        row |= {"train_s": seconds[0], "evaluate_s": seconds[1], "p50_ms": 1000 * sum(seconds)}
+    table = plot.multibench_table(made)
+    assert "| plain (float32) | 40.00 | 20.00 | 60.00 |" in table
+    assert "| times as fast | 10.0 | 20.0 | 12.0 |" in table
+
+
 def test_readme_table_is_replaced_between_its_markers() -> None:
     text = "before\n<!-- bench:step -->\nold\n<!-- /bench:step -->\nafter\n"
     out = plot.between_markers(text, "step", "new")

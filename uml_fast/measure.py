@@ -17,6 +17,7 @@ from uml_fast.compat import release_batches
 from uml_fast.config import MixConfig, RunConfig
 from uml_fast.data.loader import iterate_once, layouts_of
 from uml_fast.data.source import Samples, Task, for_evaluation
+from uml_fast.layout import ROW_ALIGN
 from uml_fast.model.uml import Encoded, Uml
 from uml_fast.objective import losses
 from uml_fast.pack import PackedBatch
@@ -61,7 +62,9 @@ def pack_source(
         samples = [source.sample(i) for i in range(len(source))]
         batches = release_batches(source.name, samples, source.labels.tolist(), config.mix.batch)
         return PackedSource(source, tuple(b.to(device) for b in batches))
-    rows = max(min(_EVALUATION_ROWS, int(source.offsets[-1])), 2 * int(source.lengths.max()))
+    total, longest = int(source.offsets[-1]), int(source.lengths.max())
+    # of one size and all nearly full: packs are computed whole, the last one too
+    rows = max(total // -(-total // _EVALUATION_ROWS) + longest + ROW_ALIGN, 2 * longest)
     (layout,) = layouts_of((source,), MixConfig(token_budget=rows))
     return PackedSource(source, tuple(iterate_once(source, layout, device)))
 
