@@ -62,7 +62,6 @@ bench: $(INSTALLED) $(TOOLS)
 	python -m pytest bench/step.py
 	python -m pytest bench/loader.py
 	python -m pytest bench/grid.py bench/extract.py
-	python -m pytest bench/grid.py
 	python -m pytest bench/multibench.py
 
 clean:
