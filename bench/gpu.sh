@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GPU evidence in one call under ten minutes, on a bare CUDA machine without internet: builds in
-# place, tests the kernels and the step on the GPU, benches both and prints a table of the rows.
+# place, tests the kernels, the step and the grid on the GPU, benches them and prints a table of the rows.
 #
 #   bench/gpu.sh             rows go to $OUT where that is set, else to bench/results
 #   bench/gpu.sh --dry-run   without a GPU: builds, compiles the kernels ahead of time for three
@@ -44,6 +44,8 @@ failed=0
 step 120 "tests of the step" "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py || failed=1
 if [[ $cuda == ON ]]; then
   step 90 "step" "$python" -m pytest -q -p no:cacheprovider bench/step.py || failed=1
+  step 30 "tests of the grid" "$python" -m pytest -q -p no:cacheprovider -m gpu tests/grid || failed=1
+  step 120 "grid" "$python" -m pytest -q -p no:cacheprovider -m gpu bench/grid.py || failed=1
 fi
 step "$budget" "kernels" "$python" -m pytest -q -p no:cacheprovider bench/kernels.py \
   ${only:+-k "$only"} --benchmark-columns=median,rounds || failed=1

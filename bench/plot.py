@@ -168,18 +168,16 @@ def loader_table(content: Content) -> str:
 
 
 def grid_table(content: Content) -> str:
-    """Markdown: a step of one cell, a line for each cost."""
-    cases: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in content["rows"]:
-        cases.setdefault((row["mode"], row["batch"]), {})[row["provider"]] = row
+    """Markdown: a grid of cells on each device, and the same cells one after another."""
     lines = [
-        "| cell | a step, us | PyTorch, times as long | under torch.compile |",
-        "|---|---:|---:|---:|",
+        "| device | cells x steps | together, s | one after another, s | times | a step, us |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    for (mode, batch), found in cases.items():
+    for row in content["rows"]:
         lines.append(
-            f"| {mode}, batch {batch} | {1000 * found['uml_fast']['p50_ms']:.0f} | "
-            f"{found['eager']['times_ours']:.1f} | {found['compile']['times_ours']:.1f} |"
+            f"| {row['device']} | {row['cells']} x {row['steps']} | {row['grid_s']:.1f} | "
+            f"{row['loop_s']:.0f} ({row['loop']}, threads {row['loop_threads']}) | "
+            f"**{row['times']:.1f}** | {row['grid_us_a_step']:.0f} |"
         )
     return "\n".join([*lines, "", conditions(content)])
 

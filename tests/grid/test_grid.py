@@ -125,8 +125,9 @@ def assert_steps_match(data: HeadData, cell: Cell) -> None:
         assert (got - exact).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("shape", [{}, {"ratio": 2.0}, {"modalities": THREE}, {"project": False}])
-def test_stacked_cells_take_the_steps_of_the_reference(shape: dict[str, Any]) -> None:
+def test_stacked_cells_take_the_steps_of_the_reference(shape: dict[str, Any], device: str) -> None:
     data = made_data(37, 37) if "project" in shape else made_data()
     cells = [
         Cell(lr=1e-2, batch=6, seed=1, **shape),
@@ -134,7 +135,7 @@ def test_stacked_cells_take_the_steps_of_the_reference(shape: dict[str, Any]) ->
         Cell(lr=3e-3, batch=6, seed=3, scale=4.0, **shape),
         Cell(lr=3e-3, batch=4, seed=3, **shape),
     ]
-    stack = StackedHeads(data, cells, torch.device("cpu"))
+    stack = StackedHeads(data, cells, torch.device(device))
     for begin in (0, 20):
         lessons = {}
         for slot, cell in enumerate(cells):
@@ -150,9 +151,9 @@ def test_stacked_cells_take_the_steps_of_the_reference(shape: dict[str, Any]) ->
         for got, same in zip(
             stack.parts(slot, cell).tensors(), plain.parts(0, cell).tensors(), strict=True
         ):
-            torch.testing.assert_close(got, same, rtol=0, atol=2e-5)
+            torch.testing.assert_close(got.cpu(), same, rtol=0, atol=2e-5)
         assert abs(right[slot] - look(plain, 0, lesson)) <= 1
-        torch.testing.assert_close(stack.folded(slot), plain.folded(0), rtol=0, atol=1e-4)
+        torch.testing.assert_close(stack.folded(slot).cpu(), plain.folded(0), rtol=0, atol=1e-4)
 
 
 def test_a_stacked_grid_is_the_same_grid(monkeypatch: pytest.MonkeyPatch) -> None:
