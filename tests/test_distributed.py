@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,21 +12,16 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from tests.on_ranks import end_ranks, run_ranks, start_ranks
+from tests.on_ranks import run_ranks
 from tests.tiny import tiny, tiny_prediction
-from uml_fast import cli, train, trial
-from uml_fast.checkpoint import CheckpointError
 from uml_fast.config import DistConfig, OptimConfig, RunConfig
 from uml_fast.data.packs import assemble
 from uml_fast.distributed import ALONE, Ranks, RanksError, join_ranks
-from uml_fast.evaluate import load_model
 from uml_fast.meter import Lap, combine
 from uml_fast.pack import Layout, PackedBatch, Region
 from uml_fast.parallel import local
-from uml_fast.schedule import STATE_HEADER
 from uml_fast.start import build_model
 from uml_fast.step import TrainStep
-from uml_fast.trial import Trial
 
 SAMPLES = 12
 """Samples of each modality in the global batch."""
@@ -217,122 +208,9 @@ def test_rates_of_ranks_add_up_and_shares_are_averaged() -> None:
         {"tokens_per_s": 20.0, "stall_pct": 0.0, "stall_ms": {"image": 3.0}, "stages": {"plan": 8}},
     ]
     assert combine(laps) == {
-        "tokens_per_s": 30.0, "stall_pct": 2.0, "stall_ms": {"text": 1.0, "image": 1.5},
-        "stages": {"plan": 4.0},
+        "imbalance_pct": 25.0, "tokens_per_s": 30.0, "stall_pct": 2.0, "stages": {"plan": 4.0},
+        "stall_ms": {"text": 1.0, "image": 1.5},
     }  # fmt: skip
-
-
-def run_config(folder: Path, strategy: Any = "ddp") -> RunConfig:
-    return dataclasses.replace(
-        tiny(), out=folder, seeds=1, modes=("uml",), steps=16, dist=DistConfig(strategy=strategy)
-    )
-
-
-def train_with(folder: Path, fault: str | None, rank: int, step: int, strategy: str = "ddp") -> int:
-    """Train as the command line does; what ``fault`` names happens on one rank at one step."""
-    call = TrainStep.__call__
-
-    def faulty(self: TrainStep, batch: PackedBatch, at: int, flags: Any = ()) -> Any:
-        if at == step and self.ranks.rank == rank:
-            if fault == "raise":
-                raise trial.TrainingError("the first error")
-            os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGTERM}[str(fault)])
-        if fault == "nan":
-            batch.raw[-1][:] = float("nan")
-        return call(self, batch, at, flags)
-
-    if fault is not None:
-        TrainStep.__call__ = faulty  # type: ignore[method-assign]
-
-    def main(_: list[str] | None) -> int:
-        train.train(run_config(folder, strategy))
-        return 0
-
-    code = cli.run_main(main, None)
-    assert code == 0, f"exit status {code}"
-    return code
-
-
-def test_a_rank_that_is_asked_to_stop_stops_all_and_the_run_goes_on(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    assert run_ranks(train_with, 2, tmp_path / "a", folder, "stop", 1, 7) == [0, 0]
-    assert not (folder / "summary.json").exists()
-    saved = [p.name for p in (folder / "trials" / "uml-0" / "checkpoints").iterdir()]
-    assert "step-000000009.safetensors" in saved
-    assert run_ranks(train_with, 2, tmp_path / "b", folder, None, 0, 0) == [0, 0]
-    lines = [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in lines] == list(range(1, 17))
-    whole = tmp_path / "whole"
-    assert run_ranks(train_with, 2, tmp_path / "c", whole, None, 0, 0) == [0, 0]
-    other = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [r["loss"] for r in lines] == [r["loss"] for r in other]
-    assert {r["ranks"] for r in lines} == {2}
-    assert [r.get("val") for r in lines] == [r.get("val") for r in other]
-    assert "report:" in (tmp_path / "c-0").read_text()
-    assert (tmp_path / "c-1").read_text() == ""
-
-
-def test_a_run_goes_on_under_another_strategy_and_on_fewer_ranks(tmp_path: Path) -> None:
-    """Sharded and whole checkpoints are read by either; dropout is as in a run never stopped."""
-    folder, whole_run = tmp_path / "run", tmp_path / "whole"
-    checkpoints = folder / "trials" / "uml-0" / "checkpoints"
-    for stop_at, strategy in ((4, "fsdp"), (8, "ddp"), (11, "fsdp")):
-        log = tmp_path / f"{stop_at}"
-        assert run_ranks(train_with, 2, log, folder, "stop", 0, stop_at - 1, strategy) == [0, 0]
-        newest = checkpoints / f"step-{stop_at + 1:09d}"
-        assert newest.is_dir() == (strategy == "fsdp")
-    parts = sorted(p.name for p in newest.iterdir())
-    assert parts == [f"part-0000{r}-of-00002.safetensors" for r in range(2)]
-    shutil.copytree(folder, tmp_path / "alone")
-    assert run_ranks(train_with, 2, tmp_path / "end", folder, None, 0, 0, "fsdp") == [0, 0]
-    assert run_ranks(train_with, 2, tmp_path / "w", whole_run, None, 0, 0, "ddp") == [0, 0]
-    lines, others = (
-        [json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()]
-        for f in (folder, whole_run)
-    )
-    assert [r["loss"] for r in lines] == pytest.approx([r["loss"] for r in others], rel=1e-5)
-    assert [r.get("val") for r in lines] == [r.get("val") for r in others]
-    results = [
-        json.loads((f / "trials/uml-0/result.json").read_text()) for f in (folder, whole_run)
-    ]
-    assert results[0] == results[1]
-    train.train(dataclasses.replace(run_config(tmp_path / "alone"), resume=str(tmp_path / "alone")))
-    model, _, _ = load_model(tmp_path / "alone", "uml", 0)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("fault", ["raise", "kill"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_on_one_rank_ends_all_and_is_shown_once(
-    fault: str, rank: int, tmp_path: Path
-) -> None:
-    begin = time.monotonic()
-    started = start_ranks(train_with, 2, tmp_path / "log", tmp_path / "run", fault, rank, 4)
-    for process, _ in started:
-        process.join(60)
-    codes = end_ranks(started)
-    assert time.monotonic() - begin < 60
-    assert codes[rank] == (-signal.SIGKILL if fault == "kill" else 1) and codes[1 - rank] == 1
-    text = [(tmp_path / f"log-{r}").read_text() for r in range(2)]
-    if fault == "raise":
-        assert "the first error" in text[rank] and "error:" not in text[1 - rank]
-    else:
-        assert "another rank is gone" in text[1 - rank]
-
-
-def test_a_loss_that_is_not_finite_names_the_samples_of_all_ranks(tmp_path: Path) -> None:
-    started = start_ranks(train_with, 2, tmp_path / "log", tmp_path / "run", "nan", -1, 0)
-    for process, _ in started:
-        process.join(60)
-    assert end_ranks(started) == [1, 1]
-    text = "".join((tmp_path / f"log-{r}").read_text() for r in range(2))
-    assert text.count("the loss is nan at step 1") == 1
-    named = json.loads((tmp_path / "run/trials/uml-0/nonfinite.json").read_text())["samples"]
-    alone = Trial(run_config(tmp_path / "alone"), "uml", 0, tmp_path / "alone")
-    with alone._loader(None) as loader:
-        batch, _ = next(loader)
-        count = int((batch.sample_S >= 0).sum())
-    assert sum(len(keys) for keys in named.values()) > 1.5 * count
 
 
 def lonely() -> str:
@@ -349,15 +227,3 @@ def lonely() -> str:
 
 def test_a_rank_that_does_not_answer_is_an_error(tmp_path: Path) -> None:
     assert "does not answer" in run_ranks(lonely, 2, tmp_path / "log")[0]
-
-
-def test_a_checkpoint_of_other_data_is_refused_with_a_way_out(tmp_path: Path) -> None:
-    config = dataclasses.replace(run_config(tmp_path), steps=6)
-    made = Trial(config, "uml", 0, tmp_path)
-    with made._loader(None) as loader:
-        state = json.loads(json.dumps(loader.state_dict()))
-        state["planner"][0]["ranks"][0][STATE_HEADER + 1] += 1
-        made._write(state)
-        made.saver.wait()
-        with pytest.raises(CheckpointError, match=r"other data for image: 41 samples.*--resume"):
-            made._resume(loader)

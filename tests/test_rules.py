@@ -30,7 +30,7 @@ LAYERS = (
     ("encoders", "grid"),
     ("recipes", "doctor", "cli"),
     ("analysis", "measure", "meter"),
-    ("complete", "start", "trial", "run", "summary", "report"),
+    ("complete", "start", "trial", "run", "dry_run", "summary", "report"),
     ("heads", "train_heads"),
     (
         "train",

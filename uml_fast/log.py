@@ -3,9 +3,10 @@
 ``metrics.jsonl`` has one JSON object a logged step: ``mode``, ``seed``, ``step``, and what was
 measured then: ``loss``, ``losses`` (per modality), ``val`` (the metric on validation data),
 ``tokens_per_s``, ``samples_per_s``, ``mfu`` (fraction of the measured peak), ``stall_pct``,
-``fill_pct``, ``lr``, ``grad_norm``, the groups of numbers of ``Meter.lap``, and ``ranks`` if there
-are several. A resumed trial first drops what it will log again, so the file reads as if the run had
-never stopped.
+``fill_pct``, ``lr``, ``grad_norm``, the groups of numbers of ``Meter.lap``, ``save_pct`` (part of
+the time so far that training waited for checkpoints), and where there are several ranks ``ranks``,
+``imbalance_pct``, ``wait_pct`` (by rank) and ``comm_pct`` (docs/distributed.md). A resumed trial
+first drops what it will log again, so the file reads as if the run had never stopped.
 """
 
 from __future__ import annotations

@@ -82,10 +82,15 @@ Lap = dict[str, float | dict[str, float]]
 
 
 def combine(laps: Sequence[Lap]) -> Lap:
-    """The laps of all ranks as one: rates add up, times and shares are averaged."""
+    """The laps of all ranks as one: rates add up, times and shares are averaged.
+
+    ``imbalance_pct`` is what the ranks had less to do, on average, than the one with most tokens;
+    ``wait_pct`` is by rank: who waits least is who the others wait for.
+    """
     if len(laps) == 1:
         return laps[0]
-    out: Lap = {}
+    rates = [r for r in (lap.get("tokens_per_s") for lap in laps) if isinstance(r, float)]
+    out: Lap = {"imbalance_pct": 100 * (1 - sum(rates) / len(rates) / max(*rates, 1e-9))}
     for name in dict.fromkeys(name for lap in laps for name in lap):
         values = [lap.get(name, 0.0) for lap in laps]
         inner = [v for v in values if isinstance(v, dict)]

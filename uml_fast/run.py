@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib
 import json
 import logging
@@ -18,7 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from uml_fast.config import ConfigError, RunConfig
+from uml_fast.distributed import Ranks
 from uml_fast.files import replace_file
 from uml_fast.grid.run import GridConfig
 from uml_fast.log import RunFolderError
@@ -182,6 +186,31 @@ def _check_same(folder: Path, before: RunConfig | GridConfig, now: RunConfig | G
             f"{folder} holds a run with another configuration: {shown}. Use --resume never to set "
             "it aside, or another --out"
         )
+
+
+def check_alike(config: RunConfig, ranks: Ranks) -> None:
+    """Raise ConfigError on every rank unless all have the same configuration, code and PyTorch."""
+    if ranks.world == 1:
+        return
+    own = {f"option {name}": value for name, value in _flat(to_json(config)).items()}
+    own |= {"code of uml_fast": _code_digest(), "PyTorch": torch.__version__}
+    found = ranks.gather(own)
+    for rank, other in enumerate(found):
+        names = [n for n in found[0] | other if found[0].get(n) != other.get(n)]
+        if names:
+            shown = "; ".join(f"{n}: {found[0].get(n)}, there {other.get(n)}" for n in names[:5])
+            raise ConfigError(
+                f"rank {rank} does not run what rank 0 runs ({shown}). Start all ranks with the "
+                "same command and the same installation"
+            )
+
+
+def _code_digest() -> str:
+    """Checksum of the package's Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -7,11 +7,13 @@ So each rank weights its means by its part of the samples, and gradients are sum
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from uml_fast.compat import release_batch
 from uml_fast.config import RunConfig
@@ -62,6 +64,23 @@ class TrainStep:
         self.optimizer = build_optimizer(model, config.optim)
         self._names = [name for name, _ in model.named_parameters()]
         self._graphs_before = _graphs()
+        self.waited_s = 0.0
+        """Seconds in which this rank waited for the forward pass of slower ones (on CPUs)."""
+
+    @property
+    def communication_pct(self) -> float | None:
+        """Part of backward in which gradients were summed and nothing computed; None: not known.
+
+        DDP measures it now and then (its first ten steps, then every hundredth).
+        """
+        if not isinstance(self._losses, DistributedDataParallel):
+            return None
+        seen = self._losses._get_ddp_logging_data()
+        took = seen.get("avg_backward_comm_time", 0) - seen.get(
+            "avg_backward_compute_comm_overlap_time", 0
+        )
+        whole = seen.get("avg_backward_compute_time", 0) + took
+        return 100 * took / whole if whole > 0 else None
 
     @property
     def recompiles(self) -> int:
@@ -125,7 +144,9 @@ class TrainStep:
         wait = self.ranks.start_sum(sums)
         with phase("forward"):
             parts = self._losses(batch, self.rng_key)
+        begin = time.perf_counter()
         wait()
+        self.waited_s += time.perf_counter() - begin
         total_M, set_on = sums[: len(names)], sums[len(names) :]
         weight_M = count_M / total_M.clamp(min=1)
         weighted = {n: parts[n] * w for n, w in zip(names, weight_M, strict=True) if n in parts}

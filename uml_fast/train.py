@@ -1,13 +1,16 @@
 """Train a recipe: every mode for every seed, then the comparison and the report.
 
 ``python -m uml_fast.train [recipe] [overrides]``, on several devices or machines
-``torchrun --nproc-per-node N -m uml_fast.train [recipe] [overrides]``.
+``torchrun --nproc-per-node N -m uml_fast.train [recipe] [overrides]``. With ``--dry-run`` it says
+what would be trained, and trains nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,12 @@ from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.distributed import Ranks, join_ranks
+from uml_fast.dry_run import dry_run
 from uml_fast.grid.run import GridConfig
 from uml_fast.profiling import profiled
 from uml_fast.report import print_table, write_report
 from uml_fast.report.probes import probe_lines
-from uml_fast.run import locked, open_run, write_json
+from uml_fast.run import check_alike, locked, open_run, to_json, write_json
 from uml_fast.start import resolve
 from uml_fast.stop import StopSignal
 from uml_fast.summary import describe_samples, summarise
@@ -48,6 +52,7 @@ def train(config: RunConfig | GridConfig) -> Path | None:
         return train_heads(config)
     config = resolve(config)
     with join_ranks(config.device, config.dist.timeout_s) as ranks:
+        check_alike(config, ranks)
         folder = ranks.from_first(lambda: _open(config))
         with locked(folder) if ranks.is_first else contextlib.nullcontext():
             return folder if _train_all(config, folder, ranks) else None
@@ -164,7 +169,15 @@ def _read_result(path: Path) -> dict[str, Any] | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.train``; returns the exit status."""
-    train(parse(argv, "python -m uml_fast.train"))
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_dry = "--dry-run" in arguments
+    config = parse([a for a in arguments if a != "--dry-run"], "python -m uml_fast.train")
+    if not is_dry:
+        train(config)
+    elif isinstance(config, GridConfig):
+        print(json.dumps(to_json(config), indent=1))
+    elif os.environ.get("RANK", "0") == "0":
+        print(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))))
     return 0
 
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class Trial:
         self.best_weights: dict[str, Tensor] = {}
         self.unchecked: list[tuple[int, Tensor, Layout, Tensor]] = []
         """Steps whose loss was not read yet: (step, loss, layout, sample of each slot)."""
+        self.began = 0.0
+        """When training began or went on, of ``time.perf_counter``."""
         self.flag = torch.zeros(())
         """Of the step before: on how many ranks a stop was asked for."""
         self.last: tuple[int, Tensor, Layout, Tensor] | None = None
@@ -122,6 +125,7 @@ class Trial:
             self._resume(loader)
             log.begin(self.mode, self.seed, resumed_step=self.step)
             meter = Meter(self.model, config, self.task.train, loader, self.device)
+            self.began = time.perf_counter()
             is_over = not self.ranks.any(not self._is_over(loader))
             while not (is_over or self._is_patience_over()):
                 watch.tick(f"step {self.step + 1}")
@@ -198,9 +202,15 @@ class Trial:
         record["lr"] = learning_rate(self.step - 1, self.config.steps, self.config.optim)
         if result.grad_norm is not None:
             record["grad_norm"] = float(result.grad_norm)
-        lap = combine(self.ranks.gather(meter.lap()))
-        if self.ranks.world > 1:
-            record["ranks"] = self.ranks.world
+        seconds = time.perf_counter() - meter.started
+        lap = meter.lap()
+        record["save_pct"] = 100 * self.saver.held_up_s / (time.perf_counter() - self.began)
+        if self.ranks.world == 1:
+            return record | lap | {"recompiles": self.train_step.recompiles}
+        waited, self.train_step.waited_s = self.train_step.waited_s, 0.0
+        lap["wait_pct"] = {str(self.ranks.rank): 100 * self.ranks.world * waited / seconds}
+        lap = combine(self.ranks.gather(lap))
+        record |= {"ranks": self.ranks.world, "comm_pct": self.train_step.communication_pct}
         return record | lap | {"recompiles": self.train_step.recompiles}
 
     def _check_finite(self) -> None:

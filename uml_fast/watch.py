@@ -87,7 +87,7 @@ class Watch:
         assert store is not None
         with contextlib.suppress(RuntimeError):  # the store is gone: so is the run
             while not self._over.wait(min(_BEAT_S, self.timeout_s / 4)):
-                faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True)
+                faulthandler.dump_traceback_later(self.timeout_s + 4 * _ANSWER_S, exit=True)
                 ticked = self._ticked
                 is_late = ticked is not None and time.monotonic() - ticked > self.timeout_s
                 if is_late or store.check([self._key]):
