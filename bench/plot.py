@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.effects import effect_tables
 from bench.harness import RESULTS, ROOT
 from uml_fast.data.synthetic import SHAPES
 from uml_fast.model.transformer import multibench
@@ -329,6 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables: dict[str, dict[str, str]] = {
         "README.md": {}, "docs/kernels.md": {}, "docs/loading.md": {}, "docs/grid.md": {},
         "docs/scaling.md": {}, "docs/multibench.md": {},
+        "docs/results.md": effect_tables(),
     }  # fmt: skip
     for kind, file, table in (
         ("step", "README.md", step_table),
