@@ -149,7 +149,7 @@ def _train(
             try:
                 train_grid(
                     data.heads, [cells[i].cell for i in part], config.schedule,
-                    keep_weights=True, on_result=take,
+                    device=config.device, keep_weights=True, on_result=take,
                 )  # fmt: skip
             finally:
                 results.flush(metadata)

@@ -111,6 +111,10 @@ def test_a_run_chooses_by_validation_and_compares_with_paired_seeds(
     assert [b["shots"] for b in summary["baselines"]] == [1, 1, 4, 4]
     page = (out / "report.html").read_text()
     assert "4 shots, uml_init" in page and "nearest class mean, 1 shot" in page
+    chart = page.split("By training samples")[1].split("</svg>")[0]
+    assert all(
+        f">{name}<" in chart for name in ("unimodal", "UML", "uml_init", "logistic regression")
+    )
     shown = capsys.readouterr().out
     assert "of 3, that was best on the validation samples" in shown
 

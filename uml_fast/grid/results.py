@@ -104,7 +104,7 @@ class Results:
                     continue
                 self._heads.mkdir(parents=True, exist_ok=True)
                 record = json.dumps(self.done[best.number])
-                content = save({"weight": best.weight.contiguous()},
+                content = save({"weight": best.weight.cpu().contiguous()},
                                {"format": "pt", "head": record, **metadata})  # fmt: skip
                 replace_file(self._heads / head_name(group), content)
                 best.weight = None

@@ -135,6 +135,8 @@ class GridConfig:
     """Project the features of every modality but the last; False: aligned encoders, as CLIP's."""
     scale: float = 1.0
     """First logit scale of every modality; 100 for CLIP."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; heads on a GPU are trained many at a time in batched products."""
     out: Path | None = None
     """Run folder; None: runs/<recipe>."""
     resume: str = "auto"

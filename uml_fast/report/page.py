@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uml_fast.log import RunFolderError, read_metrics
-from uml_fast.report import analyses, sections
+from uml_fast.report import analyses, sections, shots
 from uml_fast.report.probes import probe_section
 from uml_fast.report.sections import ReportError, escape, together, versions_of
 from uml_fast.report.table import beaten_by, metric_of, searched
@@ -66,6 +66,7 @@ def _page(
     parts = [
         sections.comparison(summary) if summary else "",
         probe_section(summary) if summary else "",
+        shots.section(summary) if summary else "",
         sections.every_seed(summary) if summary else "",
         sections.curves(records, facts),
         analyses.section(analysis, summary) if analysis else "",
