@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 
 from tests.foreign_models import (
+    NORMAL,
     RNG,
     assert_same,
     images,
     normalised,
     pack_of,
+    save_transformers,
     shake,
     timm,
     transformers,
@@ -25,7 +28,8 @@ from tests.foreign_models import (
 from tests.tiny import tiny
 from uml_fast import export
 from uml_fast.config import ConfigError, ModalityConfig, ObjectiveConfig, RunConfig
-from uml_fast.modalities.image import ImageConfig, to_patches
+from uml_fast.evaluate import load_model
+from uml_fast.modalities.image import ImageConfig, from_patches, to_patches
 from uml_fast.modalities.text import TextConfig
 from uml_fast.model.interop.load import load_pretrained
 from uml_fast.model.interop.plain import plain_model
@@ -227,3 +231,33 @@ def test_a_run_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads((folder / "config.json").read_text())["num_classes"] == 3
     with pytest.raises(ConfigError, match="no class token"):
         export.main([str(tmp_path / "run"), "--to", "transformers"])
+
+
+def test_from_transformers_through_a_run_and_back(tmp_path: Path) -> None:
+    """A ViT of theirs, trained here beside unpaired text, is a ViT of theirs again."""
+    folder = tmp_path / "start"
+    size = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3}
+    vit = transformers.ViTConfig(**size, intermediate_size=40, image_size=32, patch_size=8)
+    save_transformers(shake(transformers.ViTModel(vit)), folder, is_image=True)
+    start = load_pretrained(str(folder))
+    base = tiny()
+    image = replace(start.modality, encoder=start.backbone, pooled=True)
+    modalities = (image, *(m for m in base.modalities if m.name != "image"))
+    shared = TransformerConfig(width=16, layers=0, heads=1, feed_forward=1)
+    config = replace(
+        base, modalities=modalities, backbone=shared, steps=4, seeds=1, modes=("uml",),
+        out=tmp_path / "run", precision="fp32",
+    )  # fmt: skip
+    train(config)
+    shutil.rmtree(folder)  # a finished run does not need what it started from
+    written_to = export.export(tmp_path / "run", "uml", None, None, "transformers")
+    model, _, task = load_model(tmp_path / "run", "uml", 0)
+    assert not torch.equal(
+        model.encoders["image"].state_dict()["blocks.0.up.weight"],
+        start.tensors["backbone.blocks.0.up.weight"],
+    )
+    rows = [task.test.sample(i) for i in range(4)]
+    pixels = np.stack([from_patches(r, image) for r in rows])  # type: ignore[arg-type]
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(written_to)
+    x = normalised(pixels, NORMAL["image_mean"], NORMAL["image_std"])  # type: ignore[arg-type]
+    assert_same(theirs(x).logits, outputs(model, "image", rows)[1])
