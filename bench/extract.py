@@ -27,7 +27,6 @@ import torch
 
 from bench import harness
 from bench.loader_data import photos
-from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.shards import ShardSet
 from uml_fast.encoders.cache import load_features, save_features
 from uml_fast.encoders.extraction import extract
@@ -98,7 +97,7 @@ def of_ours(root: Path, name: str, dtype: torch.dtype) -> Callable[[], np.ndarra
 
     def run() -> np.ndarray:
         path.unlink(missing_ok=True)
-        extract(shards, encoder, path, DataErrors(0), batch=BATCH, status=status)
+        extract(shards, encoder, path, max_errors=0, batch=BATCH, status=status)
         return load_features(path).rows.numpy()
 
     return run

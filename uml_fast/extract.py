@@ -15,7 +15,6 @@ from torch import Tensor
 
 from uml_fast.cli import run_main
 from uml_fast.config import require
-from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import DecodeError, decode_of
 from uml_fast.data.prepare.items import Item
 from uml_fast.data.prepare.listing import SPLIT_NAMES, natural_order
@@ -69,7 +68,7 @@ class ExtractConfig:
     precision: str = "auto"
     """bf16, fp32 or auto: bf16 where the device multiplies it natively."""
     max_errors: int = 100
-    """Samples that may be unreadable before it stops; they are named in FOLDER/<name>.jsonl."""
+    """Samples that may be unreadable before it stops; they are named in a .jsonl file there."""
 
     def __post_init__(self) -> None:
         require(self.batch >= 1, f"batch is {self.batch}; it must be >= 1")
@@ -319,11 +318,10 @@ def extract_all(config: ExtractConfig) -> list[Path]:
     status, paths = StatusLine(), []
     for split, samples in config.splits():
         path = config.out / f"{config.modality}-{split}.safetensors"
-        errors = DataErrors(config.max_errors, path.with_suffix(".jsonl"))
-        made = extract(samples, encoder, path, errors, batch=config.batch, status=status)
-        lost = f", {len(errors)} could not be read: {errors.path}" if len(errors) else ""
+        made = extract(samples, encoder, path, max_errors=config.max_errors, batch=config.batch,
+                       status=status)  # fmt: skip
         what = f"{len(samples):,} samples, {encoder.width} features" if made else "there already"
-        status.note(f"{path}: {what}{lost}")
+        status.note(f"{path}: {what}")
         paths.append(path)
     if encoder.cut:
         status.note(f"{encoder.cut:,} were longer than the encoder can take, and were cut")

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import load_features
@@ -45,7 +44,7 @@ class Counting(Encoder):
 
 
 def made(path: Path, encoder: Encoder, samples: Sentences = SAMPLES, most: int = 0) -> bool:
-    return extract(samples, encoder, path, DataErrors(most, path.with_suffix(".jsonl")), batch=6)
+    return extract(samples, encoder, path, max_errors=most, batch=6)
 
 
 def test_rows_are_in_the_order_of_the_samples_and_batches_in_that_of_lengths(tmp_path) -> None:
@@ -102,6 +101,9 @@ def test_samples_that_cannot_be_read_are_left_out_and_named(tmp_path) -> None:
     (line,) = path.with_suffix(".jsonl").read_text().splitlines()
     named = json.loads(line)
     assert named == {"modality": "text-train", "sample": "c/5", "problem": "broken"}
+    mended = replace(SAMPLES, texts=(*TEXTS[:5], "mended", *TEXTS[6:]))
+    assert made(path, Counting(bad=TEXTS[5]), mended) and len(load_features(path)) == 20
+    assert not path.with_suffix(".jsonl").exists(), "errors of other samples stay"
     with pytest.raises(DataError, match=r"sample c/5: broken\. 1 samples cannot be read"):
         made(tmp_path / "strict.safetensors", Counting(bad=TEXTS[5]), most=0)
     alone = Sentences(TEXTS[:1], np.zeros(1, np.int32), ("a",))

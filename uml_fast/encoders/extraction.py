@@ -140,15 +140,16 @@ def extract(
     samples: Stored,
     encoder: Encoder,
     path: Path,
-    errors: DataErrors,
     *,
+    max_errors: int = 100,
     batch: int = 64,
     status: StatusLine | None = None,
 ) -> bool:
     """Write the features of ``samples`` to ``path``; False where they are there already.
 
-    Samples that cannot be decoded are left out and named in ``errors``. Ragged samples go by
-    length, longest first, so that batches hold little padding and memory is short at once or never.
+    Samples that cannot be decoded, at most ``max_errors``, are left out and named in a .jsonl file
+    beside it. Ragged samples go by length, longest first, so that batches hold little padding and
+    memory is short at once or never.
 
     Raises:
         DataError: the samples are of another kind, too many cannot be decoded, a feature is not
@@ -167,7 +168,10 @@ def extract(
     except DataError as e:
         status.note(f"{e}: it is")
     order = _order(samples)
-    unfinished = Unfinished(path, fingerprint)
+    unfinished, named = Unfinished(path, fingerprint), path.with_suffix(".jsonl")
+    if not unfinished.done:
+        named.unlink(missing_ok=True)  # of other samples
+    errors = DataErrors(max_errors, named)
     if unfinished.done:
         status.note(f"{path}: going on behind {unfinished.done:,} of {len(samples):,} samples")
     try:
@@ -190,6 +194,8 @@ def extract(
         samples.class_names, [samples.key(int(i)) for i in there], facts,
     )  # fmt: skip
     unfinished.remove()
+    if len(errors):
+        status.note(f"{path}: {len(errors)} samples could not be read, named in {named}")
     return True
 
 

@@ -9,7 +9,6 @@ Legend: b samples, S size in pixels, D features.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from uml_fast.data.decode import DecodeError, decode_of
+from uml_fast.data.prepare.pool import usable_cores
 from uml_fast.data.source import DataError
 from uml_fast.encoders.extraction import Encoder
 from uml_fast.encoders.networks import (
@@ -116,7 +116,7 @@ class ImageEncoder(Encoder):
         self._decode = decode_of(
             ImageConfig(name="image", height=size, width=size, patch_height=size, patch_width=size)
         )
-        self._threads = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+        self._threads = ThreadPoolExecutor(usable_cores())
         self.width = self.encode([np.zeros((size, size, 3), np.uint8)]).shape[1]
 
     def prepare(self, payloads: Sequence[bytes]) -> list[Any]:
