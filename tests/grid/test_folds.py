@@ -8,13 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-from uml_fast.config import ConfigError
+from uml_fast.config import ConfigError, EvalConfig, MixConfig, ObjectiveConfig
+from uml_fast.data.folders import FoldersConfig
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import save_features
+from uml_fast.extract import main as extract
 from uml_fast.grid.cells import HeadSchedule
 from uml_fast.grid.folds import SoundFolds
+from uml_fast.modalities.audio import AudioConfig
+from uml_fast.model.transformer import TransformerConfig
+from uml_fast.prepare import main as prepare
 from uml_fast.recipes import load_recipe
 from uml_fast.train import train
 
@@ -181,3 +187,35 @@ def test_a_class_map_is_read_from_a_file(features: Path, tmp_path: Path) -> None
     path.write_text(json.dumps({"dog_bark": "dog", "rooster": "bird", "rain": "cat"}))
     data = SoundFolds(where=(str(features),), class_map=path)
     assert data.load(("audio", "image"), 0, 1).class_names == ("dog", "cat", "bird")
+
+
+def test_sounds_of_files_become_splits_through_a_stem_trained_here(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, hertz in (("dog_bark", 300), ("rooster", 2000)):
+        (tmp_path / "files" / name).mkdir(parents=True)
+        for fold in (1, 2):
+            for i in range(2):
+                wave = np.sin(np.arange(4000) * 2 * np.pi * hertz / 8000) + rng.normal(0, 0.1, 4000)
+                path = tmp_path / "files" / name / f"{fold}-{hertz + 10 * fold + i}-A.wav"
+                soundfile.write(path, wave / 2, 8000)
+    shards, out = tmp_path / "shards", tmp_path / "features"
+    assert prepare(["audio", str(tmp_path / "files"), str(shards), "--split", "train=1",
+                    "--workers", "1"]) == 0  # fmt: skip
+    audio = AudioConfig(name="audio", sample_rate=8000, row_samples=400, frames=2, window=400,
+                        positions=16)  # fmt: skip
+    config = dataclasses.replace(
+        load_recipe("folders"), target="audio", modalities=(audio,), steps=3, seeds=1,
+        data=FoldersConfig(audio=shards), modes=("unimodal",), out=tmp_path / "run",
+        objective=ObjectiveConfig(kind="next_embedding"), metric="error",
+        eval=EvalConfig(probe=False), mix=MixConfig(token_budget=100),
+        backbone=TransformerConfig(width=16, layers=1, heads=2, feed_forward=32, causal=True),
+    )  # fmt: skip
+    assert train(config) is not None
+    assert (
+        extract(["audio", str(shards), "--encoder", str(tmp_path / "run"), "--out", str(out)]) == 0
+    )
+    data = SoundFolds(where=(str(out),)).load(("audio",), 1, 1)
+    assert data.class_names == ("dog_bark", "rooster")
+    assert len(data.heads.train["audio"]) == len(data.heads.validation) == 2
+    assert len(data.heads.test) == 4
+    assert data.heads.test.width == 16

@@ -7,7 +7,7 @@ are the folds again with clips drawn at random, and so on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -53,14 +53,19 @@ class SoundFolds(FeatureFiles):
         """
         if SOUNDS not in modalities:
             raise DataError(f"folds are those of {SOUNDS}, which is not among {modalities}")
-        sounds = self._renamed_sounds(modalities)
+        meeting = [m for m in modalities if m != SOUNDS and m not in self.numbered]
+        others = {m: self._split(m, "train").class_names for m in meeting}
+        sounds = self._renamed_sounds({n for names in others.values() for n in names})
         labels, folds = sounds.labels.numpy(), folds_of(sounds.keys)
         names, is_target = sounds.class_names, modalities[0] == SOUNDS
         require(
             shots > 0 or not is_target,
             "shots is 0; sounds need a number to leave clips to validate",
         )
-        wanted = self._shared(modalities, names) or names  # none: said where classes meet
+        wanted = names
+        if self.classes == "common":
+            shared = tuple(n for n in names if all(n in other for other in others.values()))
+            wanted = shared or names  # none: said where classes meet
         among = np.array([wanted.index(n) if n in wanted else -1 for n in names])[labels]
         usable = sorted(set(folds.tolist()))
         if is_target:
@@ -84,8 +89,8 @@ class SoundFolds(FeatureFiles):
         )  # fmt: skip
         return one.load(modalities, seed, shots)
 
-    def _renamed_sounds(self, modalities: tuple[str, ...]) -> NamedFeatures:
-        """All sounds, whatever their splits, with the class names of the other modalities."""
+    def _renamed_sounds(self, elsewhere: Set[str]) -> NamedFeatures:
+        """All sounds, whatever their splits, called as classes ``elsewhere`` are."""
         found = [self._split(SOUNDS, s) for s in ("train", "val", "test") if self.find(SOUNDS, s)]
         if not found:
             found = [self._split(SOUNDS, "train")]  # which says what is missing
@@ -94,9 +99,6 @@ class SoundFolds(FeatureFiles):
         pairs = dict(pair.split("=") for pair in self.same)
         pairs |= read_class_map(Path(self.class_map)) if self.class_map is not None else {}
         own = found[0].class_names
-        elsewhere = {
-            n for m in modalities if m != SOUNDS for n in self._split(m, "train").class_names
-        }
         for name, meant in pairs.items():
             if name not in own or (elsewhere and meant not in elsewhere):
                 raise DataError(
@@ -110,13 +112,6 @@ class SoundFolds(FeatureFiles):
             torch.cat([f.rows for f in found]), torch.cat([f.labels for f in found]), renamed,
             tuple(k for f in found for k in f.keys), facts=found[0].facts,
         )  # fmt: skip
-
-    def _shared(self, modalities: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
-        """Classes of the sounds that every split must have."""
-        if self.classes != "common":
-            return names
-        others = [self._split(m, "train").class_names for m in modalities if m != SOUNDS]
-        return tuple(n for n in names if all(n in other for other in others))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
