@@ -35,6 +35,7 @@ from uml_fast.modalities.text import TextConfig
 from uml_fast.model.transformer import TransformerConfig
 from uml_fast.prepare import main as prepare
 from uml_fast.recipes import load_recipe
+from uml_fast.report.analyses import section
 from uml_fast.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -228,13 +229,11 @@ def test_what_is_left_out_is_said(
 
 
 def test_a_report_of_fewer_trials_says_so(run: Path, analysed: dict[str, Any]) -> None:
-    from uml_fast.report import write_report
-
-    path = run / "analysis.json"
-    path.write_text(json.dumps(analysed | {"trials": analysed["trials"][:2]}))
-    assert "Made of 2 trials, the run has 4: analyse it again" in write_report(run).read_text()
-    path.write_text(json.dumps(analysed))
-    write_report(run)
+    summary = json.loads((run / "summary.json").read_text())
+    plain = analysed | {"charts": []}
+    fewer = plain | {"trials": analysed["trials"][:2]}
+    assert "Made of 2 trials, the run has 4: analyse it again" in section(fewer, summary)
+    assert "analyse it again" not in section(plain, summary)
 
 
 def test_a_run_without_a_head_gets_what_it_allows(tmp_path: Path) -> None:
@@ -305,3 +304,15 @@ def test_multibench_has_true_pairs_of_its_own(tmp_path: Path) -> None:
     assert 0 < shown["uml_mean"] <= 1
     assert "multimodal neurons" not in found["skipped"]
     assert row(found, "CKA of vision and text over true pairs, untrained")["n"] == 1
+
+
+def test_samples_without_classes_are_compared_by_their_embeddings(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        load_recipe("gaussian"), out=tmp_path / "run", seeds=1, steps=2,
+        eval=EvalConfig(probe=False),
+    )  # fmt: skip
+    assert train(config) is not None
+    assert main([str(tmp_path / "run")]) == 0
+    found = json.loads((tmp_path / "run" / "analysis.json").read_text())
+    assert {r["quantity"] for r in found["rows"]} == {"cka", "knn"}
+    assert found["skipped"]["what needs classes"] == "the test samples have none"

@@ -63,9 +63,13 @@ class Observed:
 
 
 def look(o: Observed) -> Trained:
-    """Embeddings of the target's labelled test samples, and the head that reads them."""
-    embedding, labels = embeddings_and_labels(o.model, pack_source(o.task.test, o.device))
-    rows, head = read_by_head(o.model, o.config.target, embedding)
+    """Embeddings of the target's labelled test samples (all where none is), and the head."""
+    labels = o.task.test.labels
+    rows, head = read_by_head(o.model, o.config.target, o.embedded(o.task.test))
+    if (labels >= 0).any():
+        rows, labels = rows[labels >= 0], labels[labels >= 0]
+    else:
+        labels = labels[:0]
     aligned = {}
     for source in o.task.train:
         if head is None or source.name == o.config.target or not (source.labels >= 0).any():

@@ -26,7 +26,7 @@ from uml_fast.grid.results import load_heads
 from uml_fast.grid.run import UNIMODAL, GridConfig
 from uml_fast.grid.train import chosen_samples, next_lesson
 
-SAME = 1e-3
+SAME = 1e-2
 """Largest difference, relative to the largest weight, between a head and its repetition."""
 
 

@@ -33,9 +33,10 @@ class Trained:
 
     of: Of
     rows: np.ndarray
-    """float (N, D) labelled test samples of the target, as the head reads them."""
+    """float (N, D) labelled test samples of the target, as the head reads them; all of them where
+    none has a label."""
     labels: np.ndarray
-    """int (N,)."""
+    """int (N,); empty where none has a label."""
     head: np.ndarray | None
     """float (C, D) the head with projection and scale folded in; None: the run has no head."""
     is_frozen: bool = False

@@ -72,7 +72,7 @@ def _said(analysis: Mapping[str, Any]) -> list[str]:
     rows = [r for r in analysis["rows"] if r["paired_diff_mean"] is not None]
     own = mode_name(compared(analysis)[1])
     if not rows:
-        return ["nothing is compared: that needs both modes with the same seeds"]
+        return ["nothing is compared: no quantity has a value of both modes with the same seeds"]
     if all(r["n"] == 1 for r in rows):
         return ["one seed: no intervals, so that no difference is shown"]
     judged = [r for r in rows if r["better"] != "neither"]
