@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from torch import Tensor
 
 from tests.foreign_models import IMAGE, TEXT, save_timm, shake, transformers
 from tests.made_files import image, run, write
-from uml_fast import checkpoint, train
+from uml_fast import checkpoint, export, train
 from uml_fast.cli import parse
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.data.loader import Loader
@@ -129,6 +130,10 @@ def test_one_command_compares_pretrained_with_random_blocks(place: Path, tmp_pat
     assert "UML" not in row["verdict"]
     page = (tmp_path / "run/report.html").read_text()
     assert "Random against pretrained" in page
+    out = tmp_path / "image.safetensors"
+    assert export.main([str(tmp_path / "run"), "--out", str(out)]) == 0
+    with safetensors.safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["trial"])["mode"] == "pretrained"
     bert = load_pretrained(str(place / "BERT")).tensors
     for trial in ("pretrained-0", "random-0"):
         before, after = (weights(tmp_path / "run", trial, step) for step in (3, 6))

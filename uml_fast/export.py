@@ -50,7 +50,7 @@ def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:
 
 
 def export(
-    folder: Path, mode: str, seed: int | None, out: Path | None, to: str = "safetensors"
+    folder: Path, mode: str | None, seed: int | None, out: Path | None, to: str = "safetensors"
 ) -> Path:
     """Write the target of a trial; returns the path.
 
@@ -62,11 +62,13 @@ def export(
         ConfigError: there is no finished trial of that mode and seed, or the model is none that the
             other library has: names what is in the way.
     """
-    trials = [t for t in finished_trials(folder) if t[0] == mode and seed in (None, t[1])]
+    there = finished_trials(folder)
+    if mode is None:
+        modes = [m for m, _ in there]
+        mode = next(m for m in ("uml", "pretrained", *modes) if m in modes)
+    trials = [t for t in there if t[0] == mode and seed in (None, t[1])]
     if not trials:
-        raise ConfigError(
-            f"no finished trial {mode} seed {seed}; there are: {finished_trials(folder)}"
-        )
+        raise ConfigError(f"no finished trial {mode} seed {seed}; there are: {there}")
     chosen = trials[0][1]
     model, config, task = load_model(folder, mode, chosen)
     trial = {"recipe": config.recipe, "mode": mode, "seed": chosen}
@@ -133,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         "--to", choices=["safetensors", "timm", "transformers"], default="safetensors",
         help="format: one file that holds any model, or a folder that the library loads",
     )  # fmt: skip
-    parser.add_argument("--mode", default="uml", help="uml (default), unimodal, or another variant")
+    parser.add_argument(
+        "--mode", help="unimodal, random or another variant; default: uml, or pretrained"
+    )
     parser.add_argument(
         "--seed", type=int, help="seed of the trial; default: the first that is finished"
     )
@@ -148,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{args.run} holds heads on features of a frozen encoder: one matrix, which --to "
                 "safetensors writes"
             )
-        print(export_head(args.run, args.mode, args.shots, args.seed, args.out))
+        print(export_head(args.run, args.mode or "uml", args.shots, args.seed, args.out))
         return 0
     print(export(args.run, args.mode, args.seed, args.out, args.to))
     return 0

@@ -162,7 +162,7 @@ class FoldersConfig(DataConfig):
                 f"{target}: {len(tested)} test samples; each is worth {100 / len(tested):.0f} "
                 "points of accuracy, so that differences mean little"
             )
-        if mode == "uml" and len(modalities) == 1:
+        if mode == "uml" and len(modalities) == 1 and "uml" in run.modes:
             say_once(
                 f"only {target} is given, so that UML has nothing else to learn from; add another "
                 "modality, such as --data.text"
