@@ -219,3 +219,9 @@ def test_sounds_of_files_become_splits_through_a_stem_trained_here(tmp_path: Pat
     assert len(data.heads.train["audio"]) == len(data.heads.validation) == 2
     assert len(data.heads.test) == 4
     assert data.heads.test.width == 16
+
+
+def test_one_class_in_common_is_refused(features: Path) -> None:
+    one = SoundFolds(where=(str(features),), same=("dog_bark=dog",))
+    with pytest.raises(DataError, match="1 class in common; a head tells two or more apart"):
+        one.load(("audio", "image"), 0, 1)

@@ -62,8 +62,9 @@ class HeadData:
     """All samples of an experiment.
 
     Raises:
-        DataError: an empty split, splits of different widths, a label that is no class, or a class
-            that a modality has no training sample of (unless ``missing_classes`` is keep).
+        DataError: fewer than two classes, an empty split, splits of different widths, a label that
+            is no class, or a class that a modality has no training sample of (unless
+            ``missing_classes`` is keep).
     """
 
     target: str
@@ -85,6 +86,11 @@ class HeadData:
             self.missing_classes in ("error", "keep"),
             f"missing_classes is {self.missing_classes}; it must be error or keep",
         )
+        if self.classes < 2:
+            raise DataError(
+                f"{self.classes} class in common; a head tells two or more apart: say which "
+                "classes mean the same, or add some"
+            )
         if self.target not in self.train:
             raise DataError(
                 f"there are no training samples of the target {self.target}; train has "
