@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # GPU evidence in one call under ten minutes, on a bare CUDA machine without internet: builds in
-# place, tests the kernels, the step and the grid on the GPU, benches them and prints a table of the rows.
+# place, tests the kernels, the step and the grid on the GPU, benches them and prints the rows.
 #
 #   bench/gpu.sh             rows go to $OUT where that is set, else to bench/results
 #   bench/gpu.sh --dry-run   without a GPU: builds, compiles the kernels ahead of time for three

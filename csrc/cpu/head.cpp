@@ -133,7 +133,7 @@ void update_scale(const HeadCell& cell, int64_t i, float gradient, const Adam& a
 void train_cell(const HeadGrid& grid, const HeadCell& cell) {
   const Layout layout(cell, grid.classes);
   const int64_t width = layout.width, classes = layout.classes;
-  const int64_t stride = spread(classes), gradient_stride = spread(width);
+  const int64_t stride = spread(classes);
   int64_t floats = (3 * classes + grid.classes) * width, widest = 0;
   for (int64_t i = 0; i < cell.branch_count; ++i) {
     const HeadBranch& branch = cell.branches[i];
@@ -143,12 +143,12 @@ void train_cell(const HeadGrid& grid, const HeadCell& cell) {
     if (branch.is_projected) floats += (2 * padded + 3 * branch.source.width) * width;
     widest = larger(widest, padded);
   }
-  Scratch scratch(floats + widest * gradient_stride + 256);
+  Scratch scratch(floats + widest * width + 256);
 
   Matrix head{width, classes, scratch.take(3 * width * classes)};
   head.pack(cell.weights + layout.head, cell.first + layout.head, cell.second + layout.head);
   float* transposed = scratch.take(grid.classes * width);
-  float* hidden_gradient = scratch.take(widest * gradient_stride);
+  float* hidden_gradient = scratch.take(widest * width);
   Lane lanes[kMostBranches];
   Use uses[kMostBranches], projected[kMostBranches];
   int64_t at = layout.end;
@@ -178,7 +178,7 @@ void train_cell(const HeadGrid& grid, const HeadCell& cell) {
     at += branch.source.width * width;
     projected[i] = uses[i];
     projected[i].gradient = hidden_gradient;
-    projected[i].gradient_stride = gradient_stride;
+    projected[i].gradient_stride = 0;
     projected[i].out_stride = 0;
   }
 
@@ -201,8 +201,8 @@ void train_cell(const HeadGrid& grid, const HeadCell& cell) {
       asks.later = step + 2 < cell.steps ? lane.branch->order + (step + 2) * asks.batch : nullptr;
       if (lane.branch->is_projected) {
         if (updates) {
-          product({lane.logits, stride, 1}, transposed, 0, hidden_gradient, gradient_stride,
-                  lane.padded, width, grid.classes);
+          product({lane.logits, stride, 1}, transposed, 0, hidden_gradient, 0, lane.padded, width,
+                  grid.classes);
         }
         projected[i].rows = lane.rows;
         projected[i].next_rows = lane.next_rows;

@@ -93,9 +93,8 @@ UML_INLINE void multiply(Vec (&total)[kPanel][kVecs], Left left, const float* ri
   }
 }
 
-// out (rows, cols) = left @ right; rows is a multiple of kPanel, cols of kWidth. Strips of `right`
-// are `right_strip` floats apart for each of their columns: 1 in a row-major matrix, its rows where
-// strips lie one after the other.
+// out (rows, cols) = left @ right; rows is a multiple of kPanel, cols of kWidth. A stride of 0:
+// that matrix lies strip after strip, each row-major.
 UML_INLINE void product(Left left, const float* right, int64_t right_stride, float* out,
                         int64_t out_stride, int64_t rows, int64_t cols, int64_t depth) {
   const Strips strips(cols);
@@ -110,8 +109,10 @@ UML_INLINE void product(Left left, const float* right, int64_t right_stride, flo
         multiply(total, {left.data + row * left.row_stride, left.row_stride, left.k_stride}, from,
                  is_packed ? kVecs * kWidth : right_stride, depth);
         for (int i = 0; i < kPanel; ++i) {
+          float* to = out_stride ? out + (row + i) * out_stride + strip.column
+                                 : out + rows * strip.column + (row + i) * kVecs * kWidth;
           for (int j = 0; j < kVecs; ++j) {
-            store(out + (row + i) * out_stride + strip.column + j * kWidth, total[i][j]);
+            store(to + j * kWidth, total[i][j]);
           }
         }
       }
@@ -237,10 +238,10 @@ struct Matrix {
 
 // What one modality does with a matrix in a step.
 struct Use {
-  int64_t batch, padded;            // rows, and rows in panels
-  const float* rows = nullptr;      // panels that were multiplied
-  const float* gradient = nullptr;  // (batch, gradient_stride) of the products
-  int64_t gradient_stride;
+  int64_t batch, padded;             // rows, and rows in panels
+  const float* rows = nullptr;       // panels that were multiplied
+  const float* gradient = nullptr;   // of the products: (batch, gradient_stride), or
+  int64_t gradient_stride;           // 0: strip after strip of (padded, columns)
   const float* next_rows = nullptr;  // panels that are multiplied with the new weights
   float* out = nullptr;  // those products: panels, or (padded, out_stride) where that is not 0
   int64_t out_stride;
@@ -278,8 +279,10 @@ struct StripPass {
     for (int64_t u = 0; u < count; ++u) {
       const Use& use = uses[u];
       if (use.later) use.ask(strip * panels + panel, strips * panels);
-      multiply(total, {use.rows + panel * use.padded * kPanel, 1, kPanel}, use.gradient + column,
-               use.gradient_stride, use.batch);
+      const bool is_packed = use.gradient_stride == 0;
+      multiply(total, {use.rows + panel * use.padded * kPanel, 1, kPanel},
+               use.gradient + column * (is_packed ? use.padded : 1),
+               is_packed ? kColumns : use.gradient_stride, use.batch);
     }
     for (int i = 0; i < kPanel; ++i) {
       for (int j = 0; j < kVecs; ++j) {
