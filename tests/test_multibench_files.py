@@ -5,6 +5,7 @@ The expectations are worked out here on their own from the stored arrays, by pap
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import random
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from uml_fast.analysis.probe import linear_probe
 from uml_fast.data import multibench_files
 from uml_fast.data.multibench_files import BENCHMARKS, ICD9_TASK, Dataset, read_benchmark
 from uml_fast.data.multibench_made import write_benchmark
@@ -57,6 +59,29 @@ def test_generated_files_have_the_benchmarks_layout_and_quirks(
     has_text = train["text"].any((1, 2))
     is_left = not train["text"][has_text, 0].any(1).all()
     assert is_left == (BENCHMARKS[dataset].labels == "sign")
+
+
+def test_generated_modalities_share_what_the_label_says_and_hide_it_unequally(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "mosi_data.pkl"
+    write_benchmark(path, "mosi", (400, 30, 200))
+    got = read_benchmark(path, "mosi")
+
+    def accuracy(name: str) -> float:
+        x, y = {}, {}
+        for split in ("train", "test"):
+            source = got[split][name]  # type: ignore[index]
+            x[split] = np.stack([source.sample(i).mean(0) for i in range(len(source))])
+            y[split] = source.labels
+        return linear_probe(x["train"], y["train"], x["test"], y["test"], preset="mosi")
+
+    assert 0.6 < accuracy("vision") < accuracy("text") - 0.05
+    rows = got["train"]["text"].sample(0)
+    near = np.mean(
+        [np.corrcoef(a, b)[0, 1] for a, b in itertools.pairwise(rows) if a.any() and b.any()]
+    )
+    assert near > 0.2, "a row tells something of the next"
 
 
 @pytest.mark.parametrize("dataset", AFFECT)

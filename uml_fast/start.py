@@ -60,9 +60,10 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.compat == "release":
         steps = config.epochs * math.ceil(len(own.lengths) / mix.batch)
     else:
-        layouts = _layouts(config, mix, sources)
-        pace = make_rules(tuple(streams.values()), layouts, mix).layouts[-1].pace
-        steps = config.epochs * int(own.lengths.sum()) / (pace * own.share)
+        rules = make_rules(tuple(streams.values()), _layouts(config, mix, sources), mix)
+        packs = [1 / layout.pace for layout in rules.layouts]
+        a_round = sum(packs) if mix.policy == "alternate" else packs[-1]
+        steps = config.epochs * int(own.lengths.sum()) / own.share * a_round
     return dataclasses.replace(config, mix=mix, steps=math.ceil(steps))
 
 
