@@ -35,6 +35,7 @@ from uml_fast.encoders.sounds import SoundEncoder
 from uml_fast.evaluate import finished_trials, load_model
 from uml_fast.measure import embed, pack_source
 from uml_fast.progress import StatusLine
+from uml_fast.run import read_config
 
 _DESCRIPTION = """Extract the features of frozen encoders once, for heads that are trained on them.
 
@@ -223,6 +224,7 @@ class OwnEncoder(Encoder):
     """
 
     def __init__(self, folder: Path, kind: str) -> None:
+        read_config(folder)  # heads on features are no encoder
         trials = finished_trials(folder)
         mode, seed = next((t for t in trials if t[0] == "uml"), trials[0])
         model, config, _ = load_model(folder, mode, seed)

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from tests.grid.made_features import NAMES, write_all, write_features
-from uml_fast import evaluate, export, train_heads
+from uml_fast import evaluate, export, extract, train_heads
 from uml_fast.cli import parse, run_main
 from uml_fast.config import ConfigError
 from uml_fast.data.source import DataError
@@ -23,6 +23,7 @@ from uml_fast.encoders.cache import load_features
 from uml_fast.grid.cells import HeadSchedule
 from uml_fast.grid.data import FeatureFiles
 from uml_fast.grid.run import GridConfig, SearchConfig
+from uml_fast.log import RunFolderError
 from uml_fast.recipes import load_recipe
 from uml_fast.train import main, train
 
@@ -143,6 +144,8 @@ def test_an_exported_head_is_one_matrix_for_the_encoders_rows(where: Path, tmp_p
     assert json.loads(metadata["head"])["cell"] == chosen[0]["cell"]
     with pytest.raises(ConfigError, match="no head uml with 9 shots"):
         export.main([str(out), "--shots", "9"])
+    with pytest.raises(RunFolderError, match="holds heads on frozen features, not a trained model"):
+        extract.main(["image", "nothing", "--encoder", str(out), "--out", str(tmp_path)])
 
 
 def test_a_stopped_run_keeps_its_heads_and_ends_as_one_that_was_not(
