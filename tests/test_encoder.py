@@ -69,8 +69,9 @@ def gradients(model: Uml, config: RunConfig) -> Tensor:
     return loss
 
 
-def test_every_parameter_gets_a_gradient() -> None:
-    config = own_networks()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_parameter_gets_a_gradient(precision: str) -> None:
+    config = own_networks(precision=precision)
     model = built(config)
     gradients(model, config)
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]

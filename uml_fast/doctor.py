@@ -32,6 +32,7 @@ PACKAGES = {
     "webdataset": ("webdataset", "shards of your own data"),
     "timm": ("timm", "pretrained image encoders"),
     "transformers": ("transformers", "pretrained encoders of text, images and sounds"),
+    "tokenizers": ("tokenizers", "texts as token ids"),
     "nvidia.dali": ("nvidia-dali-cuda130", "DALI pipelines"),
 }
 """Module -> (distribution on PyPI, what it is for)."""
