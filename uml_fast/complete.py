@@ -19,7 +19,7 @@ _BLOCKS = (
     "eps", "input_norm", "input_projection", "bias", "layer_scale",
 )  # fmt: skip
 """Fields that the weights of a shared network decide."""
-_OF_THE_RUN = ("freeze", "unfreeze_at", "dropout")
+_OF_THE_RUN = ("freeze", "unfreeze_at", "dropout", "recompute")
 """Fields of a modality's own network that its checkpoint does not decide."""
 
 
@@ -27,9 +27,10 @@ def complete(config: RunConfig) -> RunConfig:
     """The configuration with nothing left open.
 
     A network with ``init_from`` is that of the checkpoint: of the shared one its blocks; of a
-    modality's own all but ``freeze``, ``unfreeze_at`` and ``dropout``, with patches or vocabulary
-    of its embedding. ``size`` 0 of feature rows is that of the data. ``width`` 0 of the shared part
-    is that of features that enter as they are, else of what the last modality's own network gives.
+    modality's own all but the fields of the run (``freeze``, ``dropout``, ...), with patches or
+    vocabulary of its embedding. ``size`` 0 of feature rows is that of the data. ``width`` 0 of the
+    shared part is that of features that enter as they are, else of what the last modality's own
+    network gives.
 
     Raises:
         ConfigError: a checkpoint that cannot be read, or mode ``pretrained`` without one.

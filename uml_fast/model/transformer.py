@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from uml_fast.config import BackboneConfig, require
 from uml_fast.kernels.feed_forward import Activation
@@ -68,6 +69,9 @@ class TransformerConfig(BackboneConfig):
     """The embedding of a sample: the mean of its rows, the first (class token) or the last."""
     embedding: int = 0
     """Width of a bias-free linear map behind the pooling (CLIP's projection); 0: none."""
+    recompute: bool = False
+    """Keep only the blocks' inputs for backward and compute the blocks again there: memory of one
+    block in place of all, for a third more products."""
     init_from: str | None = None
     """Checkpoint the weights start from: a local folder, or a name on the Hugging Face hub."""
 
@@ -176,7 +180,13 @@ class Transformer(Backbone):
         dropout = Dropout(0.0 if rng_key is None else config.dropout, rng_key)
         residual: Tensor | None = None
         for block in self.blocks:
-            x, residual = block(x, residual, batch, dropout, rotation)
+            if config.recompute and torch.is_grad_enabled():
+                x, residual = checkpoint(
+                    block, x, residual, batch, dropout, rotation,
+                    use_reentrant=False, preserve_rng_state=False,
+                )  # fmt: skip
+            else:
+                x, residual = block(x, residual, batch, dropout, rotation)
         if self.final_norm is not None:
             assert residual is not None
             site = 4 * len(self.blocks) - 1
