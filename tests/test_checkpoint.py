@@ -295,3 +295,66 @@ def test_file_offsets_are_aligned_to_the_dtype(run_folder: Path) -> None:
         if name != "__metadata__":
             itemsize = torch.empty(0, dtype=checkpoint.DTYPES[entry["dtype"]]).element_size()
             assert (8 + size + entry["data_offsets"][0]) % itemsize == 0
+
+
+def save_in_parts(folder: Path, step: int, weight: torch.Tensor) -> Path:
+    """Five rows on two ranks, three and two of them; a bias of one row is all on the first."""
+    for rank, rows in enumerate((slice(0, 3), slice(3, 5))):
+        tensors = {"w": weight[rows], "b": torch.ones(1)[rank:]}
+        whole = {"count": torch.tensor(7)} if rank == 0 else {}
+        offsets = {"w": rows.start, "b": rank}
+        checkpoint.save_part(folder, step, tensors | whole, offsets, {"rank": rank}, rank, 2)
+    return checkpoint.commit(folder, step, 2, keep=2)
+
+
+def test_parts_come_back_whole_in_rows_and_through_pytorch(run_folder: Path) -> None:
+    weight = torch.randn(5, 3)
+    path = save_in_parts(run_folder, 4, weight)
+    save(run_folder, 3, {"w": weight + 1}, {}, keep=2)
+    assert not path.exists()  # a later history that the run left
+    path = save_in_parts(run_folder, 4, weight)
+    got = load_latest(run_folder)
+    assert got is not None and (got.step, got.meta) == (4, {"rank": 0})
+    expected = {"w": weight, "b": torch.ones(1), "count": torch.tensor(7)}
+    assert_same(got.tensors, expected)
+    rows = load(path, lambda name: (2, 2) if name == "w" else None).tensors
+    assert_same(rows, expected | {"w": weight[2:4]})
+    single = load(run_folder / "step-000000003.safetensors", lambda name: (4, 1)).tensors
+    assert_same(single, {"w": weight[4:] + 1})
+    pytest.importorskip("safetensors")
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+    found = {"w": torch.zeros(5, 3), "b": torch.zeros(1)}
+    with pytest.warns(UserWarning, match="assuming the intent is to load in a single process"):
+        dcp.load(found, storage_reader=HuggingFaceStorageReader(str(path)))
+    assert_same(found, {"w": weight, "b": torch.ones(1)})
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "flipped", "not committed"])
+def test_a_damaged_part_is_found_and_the_checkpoint_before_it_taken(
+    run_folder: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_in_parts(run_folder, 4, torch.zeros(5, 3))
+    path = save_in_parts(run_folder, 8, torch.ones(5, 3))
+    last = path / "part-00001-of-00002.safetensors"
+    if damage == "missing":
+        last.unlink()
+    elif damage == "torn":
+        last.write_bytes(last.read_bytes()[:-1])
+    elif damage == "flipped":
+        content = bytearray(last.read_bytes())
+        content[-1] ^= 1
+        last.write_bytes(content)
+    else:
+        path.rename(path.with_name(path.name + ".tmp"))
+    got = load_latest(run_folder)
+    assert got is not None and got.step == 4 and got.tensors["w"].eq(0).all()
+    assert ("continuing from" in caplog.text) == (damage != "not committed")
+
+
+def test_parts_of_all_ranks_are_needed_to_commit(run_folder: Path) -> None:
+    checkpoint.save_part(run_folder, 4, {"w": torch.ones(2)}, {"w": 0}, {}, 0, 2)
+    with pytest.raises(CheckpointError, match="1 of 2 parts"):
+        checkpoint.commit(run_folder, 4, 2, keep=1)
+    assert load_latest(run_folder) is None

@@ -15,8 +15,11 @@ only one shown.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -35,6 +38,7 @@ BUCKET_BYTES = 25 << 20
 """Gradients summed at a time: DDP's size, large enough for the bandwidth of NVLink."""
 _NAMING_S = 30.0
 """Seconds for naming the rank that hangs, before sums with it fail."""
+_POLL_S = 0.02
 _END_S = 20.0
 """Seconds that a rank leaves the one that failed first for closing and showing its error."""
 
@@ -146,8 +150,10 @@ def join_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
     if on_cuda:
         _choose_gpu(device)
     wait = timedelta(seconds=timeout_s)
-    store, rank, world = _meet(wait)
-    store.set_timeout(wait)
+    served, rank, world = _meet(wait)
+    served.set_timeout(wait)
+    start = _agree_on_start(served, rank, world, timeout_s)
+    store = dist.PrefixStore(start, served)
     shared = dist.PrefixStore("ranks", store)
     # a step that hangs is named (watch.py) before a sum that waits for it gives up
     dist.init_process_group(
@@ -159,7 +165,7 @@ def join_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
     if rank > 0:
         logging.getLogger("uml_fast").setLevel(logging.WARNING)
     try:
-        yield Ranks(rank, world, _own_connection(store), patient)
+        yield Ranks(rank, world, _own_connection(served, start), patient)
     except (Exception, KeyboardInterrupt):
         if _is_first_error(store, rank):
             raise
@@ -180,14 +186,36 @@ def _meet(wait: timedelta) -> tuple[dist.Store, int, int]:
         ) from error
 
 
-def _own_connection(store: dist.Store) -> dist.Store:
+def _agree_on_start(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
+    """A name that only the ranks of this start know; what they keep in the store is under it.
+
+    torchrun keeps its store when it starts ranks again, and with it the addresses of dead ones; the
+    count of restarts that it hands out may differ between nodes.
+    """
+    deadline = time.monotonic() + timeout_s
+    own = uuid.uuid4().hex
+    store.set(f"hello {rank}", own)
+    hellos = [f"hello {r}" for r in range(world)]
+    while time.monotonic() < deadline:
+        if rank == 0 and store.check(hellos):
+            store.set("start", json.dumps([own, *(store.get(h).decode() for h in hellos)]))
+        if store.check(["start"]):
+            start, *heard = json.loads(store.get("start"))
+            if len(heard) == world and heard[rank] == own:
+                store.set(f"{start} {rank}", "")
+                if rank or store.check([f"{start} {r}" for r in range(world)]):
+                    return str(start)
+        time.sleep(_POLL_S)
+    raise RanksError(f"not all of {world} ranks came within {timeout_s:.0f} s")
+
+
+def _own_connection(store: dist.Store, start: str) -> dist.Store:
     """The same keys over another connection, so that no thread waits for another's answer."""
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     assert isinstance(store, dist.TCPStore)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     own = dist.TCPStore(store.host, store.port, is_master=False, wait_for_workers=False)
-    return dist.PrefixStore(f"threads {attempt}", own)
+    return dist.PrefixStore(f"{start} threads", own)
 
 
 def _choose_gpu(device: str) -> None:

@@ -85,7 +85,7 @@ class Watch:
     def _run(self) -> None:
         store = self.ranks.store
         assert store is not None
-        with contextlib.suppress(RuntimeError):  # the store is gone: so is the run
+        try:
             while not self._over.wait(min(_BEAT_S, self.timeout_s / 4)):
                 faulthandler.dump_traceback_later(self.timeout_s + 4 * _ANSWER_S, exit=True)
                 ticked = self._ticked
@@ -93,6 +93,10 @@ class Watch:
                 if is_late or store.check([self._key]):
                     store.set(self._key, "")
                     self._end()
+        except RuntimeError:
+            if not self._over.is_set():
+                print("error: torchrun is gone, and its store with it", file=sys.stderr, flush=True)
+                os._exit(1)
 
     def _end(self) -> None:
         """Write stacks, find out who hangs, and end this process."""
