@@ -153,7 +153,8 @@ def on(device: str, data: HeadData) -> HeadData:
     )  # fmt: skip
 
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_CUDA)]
 
 
 @pytest.mark.benchmark(group="grid", timer=CLOCK)

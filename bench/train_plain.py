@@ -128,7 +128,7 @@ class PlainStack(nn.Module):
 @torch.no_grad()
 def copy_weights(model: Uml, plain: PlainStack) -> None:
     """Give the plain stack a model's weights and statistics, so that both compute the same."""
-    for ours, theirs in zip(model.backbone.stack(), plain.blocks, strict=True):  # type: ignore[operator]
+    for ours, theirs in zip(model.backbone.blocks, plain.blocks, strict=True):  # type: ignore[arg-type]
         for a, b in (
             (ours.qkv, theirs.attn.qkv), (ours.out, theirs.attn.proj), (ours.up, theirs.mlp.fc1),
             (ours.down, theirs.mlp.fc2), (ours.norm1, theirs.norm1), (ours.norm2, theirs.norm2),

@@ -35,8 +35,9 @@ def test_command_exists(command: str, capsys: pytest.CaptureFixture[str]) -> Non
     elif verb == "extract":
         assert parse_extract(arguments).kind == arguments[0]
     else:
-        assert verb == "analyse"
-        assert cli.main([verb, "--help"]) == 0
+        assert verb in ("analyse", "prepare")
+        kind = arguments[:1] if verb == "prepare" else []
+        assert cli.main([verb, *kind, "--help"]) == 0
         shown = capsys.readouterr().out
         assert all(re.search(rf"{o}\b", shown) for o in arguments if o.startswith("--"))
 

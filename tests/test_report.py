@@ -160,7 +160,7 @@ class TestVerdicts:
         text = write_report(tmp_path).read_text()
         assert '<h1 class="worse">UML is worse by' in text
         assert re.search(
-            r"</h1>\s*<p class=\"warning\">The baseline nearest neighbour \(61.6\) is better", text
+            r"</h1>\s*<p class=\"warning\">The baseline nearest neighbour has a better mean", text
         )
 
     def test_no_difference_has_no_colour(self, tmp_path):

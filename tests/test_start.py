@@ -14,7 +14,7 @@ from uml_fast.trial import Trial
 
 
 def recipe(mix: MixConfig, epochs: float) -> RunConfig:
-    return dataclasses.replace(tiny(), mix=mix, epochs=epochs)
+    return dataclasses.replace(tiny(), mix=mix, epochs=epochs, steps=0 if epochs else 30)
 
 
 @pytest.mark.parametrize("policy", ["joint", "alternate"])
@@ -51,3 +51,12 @@ def test_steps_and_rows_that_are_given_stay() -> None:
 def test_a_batch_and_packs_of_one_modality_exclude_each_other() -> None:
     with pytest.raises(ConfigError, match=r"give mix\.token_budget"):
         MixConfig(policy="alternate", batch=8)
+
+
+def test_a_trial_has_one_length() -> None:
+    with pytest.raises(ConfigError, match=r"epochs 2, but a trial has one length: add --epochs 0"):
+        dataclasses.replace(tiny(), epochs=2.0)
+    with pytest.raises(ConfigError, match="or 0 with --epochs"):
+        dataclasses.replace(tiny(), steps=0)
+    resolved = resolve(recipe(MixConfig(batch=5), 2.0))
+    assert resolved.steps > 0 and resolved.epochs == 0 and resolve(resolved) == resolved

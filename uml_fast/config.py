@@ -239,7 +239,7 @@ class RunConfig:
     steps: int = 1000
     """Optimiser steps of each trial."""
     epochs: float = 0.0
-    """Length of a trial in epochs of the target in place of ``steps``; 0: ``steps`` holds."""
+    """Length of a trial in epochs of the target, where ``steps`` is 0."""
     seeds: int = 5
     """Number of paired seeds: each is trained once per mode."""
     seed: int = 0
@@ -278,8 +278,14 @@ class RunConfig:
         names = [m.name for m in self.modalities]
         require(len(set(names)) == len(names), f"modality names are not unique: {names}")
         require(self.target in names, f"target {self.target!r} is not among the modalities {names}")
-        require(self.steps >= 1, f"steps is {self.steps}; it must be >= 1")
         require(self.epochs >= 0, f"epochs is {self.epochs}; it must not be negative")
+        has_length = self.steps >= 1 or (self.steps == 0 and self.epochs > 0)
+        require(has_length, f"steps is {self.steps}; it must be >= 1, or 0 with --epochs")
+        require(
+            self.steps == 0 or self.epochs == 0,
+            f"steps is {self.steps} and epochs {self.epochs:g}, but a trial has one length: add "
+            "--epochs 0 or --steps 0",
+        )
         require(self.seeds >= 1, f"seeds is {self.seeds}; it must be >= 1")
         require(self.seed >= 0, f"seed is {self.seed}; it must be >= 0")
         self._check_networks()

@@ -230,7 +230,8 @@ class Tokens(Text):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Features(PrepareConfig):
-    """Arrays (n, features) or (n, rows, features) in .npy, .npz or a MultiBench pickle, labels too.
+    """Arrays (n, features) or (n, rows, features) in .npy, .npz, a MultiBench pickle, or of
+    uml_fast.extract (.safetensors), labels too.
 
     Ragged samples are rows and offsets, or a list of arrays in a pickle. Pickles are read
     without running anything in them. Class folders of one .npy a sample are read as well.

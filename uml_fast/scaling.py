@@ -254,7 +254,7 @@ def predict(
         attention_s += 2.5 * forward / min(rate, s.tokens * 0.625 * bandwidth)
     parameters = network.parameters(streams, table_rows)
     parts = cluster.gpus if cluster.strategy == "fsdp" else 1
-    communication = _communication(parameters, cluster, dtype_bytes)
+    communication = _communication(parameters, cluster)
     traffic_s = CROSSINGS * network.moved(dtype_bytes) * tokens / bandwidth
     backward_s = 2 / 3 * (products / rate + traffic_s)
     samples = {s.name: tokens * p / s.tokens for s, p in zip(streams, shares(streams), strict=True)}
@@ -276,11 +276,11 @@ def predict(
     )
 
 
-def _communication(parameters: int, cluster: Cluster, dtype_bytes: int) -> float:
-    """Seconds of a ring: gradients once (ddp); weights twice and gradients once (fsdp)."""
+def _communication(parameters: int, cluster: Cluster) -> float:
+    """Seconds of a ring, all fp32: gradients summed (ddp); weights gathered twice, gradients
+    scattered (fsdp)."""
     if cluster.gpus == 1:
         return 0.0
     ring = (cluster.gpus - 1) / cluster.gpus / cluster.bus_bytes_per_s
-    if cluster.strategy == "ddp":
-        return 2 * 4 * parameters * ring
-    return (2 * dtype_bytes + 4) * parameters * ring
+    crossings = 2 if cluster.strategy == "ddp" else 3
+    return crossings * 4 * parameters * ring

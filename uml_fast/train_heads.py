@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from uml_fast.config import ConfigError, require
+from uml_fast.data.source import say_once
 from uml_fast.grid import HeadData, train_grid
 from uml_fast.grid.data import GridData, LoadedData
 from uml_fast.grid.results import Results
@@ -123,6 +124,20 @@ class _Taker:
             )
 
 
+def _say_few(data: GridData, shots: set[int]) -> None:
+    """Say where a class has fewer samples than shots."""
+    target = data.heads.target
+    labels = data.heads.train[target].labels
+    present, counts = labels.unique(return_counts=True)
+    fewest = int(counts.argmin())
+    for k in sorted(shots):
+        if int(counts[fewest]) < k:
+            say_once(
+                f"{target}: {k} shots take all of class {data.class_names[int(present[fewest])]}, "
+                f"which has {int(counts[fewest])} training samples"
+            )
+
+
 def _train(
     config: GridConfig, cells: Sequence[GridCell], loaded: LoadedData, results: Results,
     folder: Path, taker: _Taker,
@@ -131,6 +146,7 @@ def _train(
     missing = [i for i in range(len(cells)) if i not in results.done]
     for name, data, numbers in _datasets(loaded, cells, missing):
         _check_same_features(folder, name, data.heads)
+        _say_few(data, {cells[n].cell.shots for n in numbers})
         metadata = {
             "classes": json.dumps(data.class_names), "target": config.target,
             "encoder": json.dumps(data.encoder),

@@ -102,3 +102,19 @@ def test_one_seed_has_a_rate_without_an_interval():
 def test_what_is_no_grid_is_refused(points, message):
     with pytest.raises(AnalysisError, match=message):
         exchange_rate(points)
+
+
+def test_a_plane_that_says_nothing_gives_no_rate():
+    cells = [(1, 1, 0.5), (1, 8, 0.3), (8, 1, 0.2), (8, 8, 0.6), (4, 4, 0.1)]
+    points = [Point(seed=0, image_shots=i, text_shots=t, accuracy=a) for i, t, a in cells]
+    rate = exchange_rate(points, 15.0)
+    assert rate.r_squared < 0.5 and "no exchange rate can be given" in rate.sentence()
+
+
+def test_texts_that_lower_accuracy_give_no_rate():
+    points = [
+        Point(seed=0, image_shots=i, text_shots=t, accuracy=0.5 + 0.02 * i - 0.01 * t)
+        for i in (1, 2, 4) for t in (1, 2, 4)
+    ]  # fmt: skip
+    sentence = exchange_rate(points, 15.0).sentence()
+    assert "no exchange rate can be given: more images and more texts do not both raise" in sentence

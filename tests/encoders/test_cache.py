@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from uml_fast.data.shards import ShardSet
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import Unfinished, is_stored, load_features, save_features
+from uml_fast.prepare import main
 
 ROWS = torch.arange(12, dtype=torch.float32).reshape(4, 3) / 7
 LABELS = torch.tensor([0, 1, 1, -1])
@@ -75,3 +77,32 @@ def test_a_killed_extraction_keeps_its_whole_rows(tmp_path: Path) -> None:
     assert again.rows()[:, 0].tolist() == [1, 1, 2, 3]
     assert Unfinished(path, "made of something else").done == 0
     assert not list(tmp_path.iterdir()), "rows of something else stay"
+
+
+@pytest.mark.parametrize(
+    ("class_names", "message"),
+    [("cat,dog", "must be a JSON list"), ('{"cat": 0}', "must be a JSON list"),
+     ('["cat", "dog", "cat"]', "cat more than once")],
+)  # fmt: skip
+def test_class_names_that_name_no_classes_are_refused(
+    tmp_path: Path, class_names: str, message: str
+) -> None:
+    path = tmp_path / "image-train.safetensors"
+    tensors = {"rows": torch.zeros(2, 3), "labels": torch.tensor([0, 1])}
+    save_file(tensors, path, {"class_names": class_names})
+    with pytest.raises(DataError, match=message):
+        load_features(path)
+
+
+def test_extracted_features_can_be_prepared_with_their_classes(tmp_path: Path) -> None:
+    path = tmp_path / "text-train.safetensors"
+    rows = torch.arange(12.0).view(4, 3)
+    save_features(path, rows, torch.tensor([1, 0, 1, 0]), ("cat", "dog"))
+    out = tmp_path / "shards"
+    assert main(["features", str(path), str(out), "--split", "train=1"]) == 0
+    shards = ShardSet.open(out, "train")
+    assert shards.class_names == ("cat", "dog")
+    assert sorted(shards.label.tolist()) == [0, 0, 1, 1]
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(DataError, match="holds no features that"):
+        main(["features", str(path), str(tmp_path / "other"), "--split", "train=1"])

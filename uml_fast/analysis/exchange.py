@@ -20,6 +20,8 @@ from uml_fast.analysis.statistics import (
     ratio_interval,
 )
 
+POOR_FIT = 0.5
+"""Part of the variance below which no rate is given."""
 GOOD_FIT = 0.9
 """Part of the variance of the cells' means below which the plane is said not to fit."""
 
@@ -73,6 +75,16 @@ class ExchangeRate:
             return (
                 f"no exchange rate is shown: over {self.seeds} seeds the effect of a text is not "
                 "told from zero"
+            )
+        if self.texts_per_image < 0:
+            return (
+                "no exchange rate can be given: more images and more texts do not both raise "
+                "accuracy here"
+            )
+        if self.r_squared < POOR_FIT:
+            return (
+                "no exchange rate can be given: the plane explains "
+                f"{100 * self.r_squared:.0f} % of the variance"
             )
         unit = "texts" if self.words_per_image is None else "words"
         value = self.texts_per_image if self.words_per_image is None else self.words_per_image

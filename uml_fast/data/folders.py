@@ -121,7 +121,7 @@ class FoldersConfig(DataConfig):
             named.unlink(missing_ok=True)  # of an attempt that never began
         errors = DataErrors(self.max_errors, named)
         train = {m.name: self._open(m.name, "train") for m in modalities}
-        names = self._class_names(train, target)
+        names = self._class_names(train, target, run.objective.init_head_from)
         numbers = {name: i for i, name in enumerate(names)}
 
         room = Room(self.keep_mib << 20)
@@ -206,8 +206,15 @@ class FoldersConfig(DataConfig):
         same = dict(pair.split("=") for pair in self.same)
         return same.get(name, name)
 
-    def _class_names(self, train: Mapping[str, ShardSet], target: str) -> tuple[str, ...]:
-        """The target's classes, then those that only other modalities have."""
+    def _class_names(
+        self, train: Mapping[str, ShardSet], target: str, start: str | None
+    ) -> tuple[str, ...]:
+        """The target's classes, then those that only other modalities have.
+
+        Raises:
+            DataError: a name of ``same`` that there is not, or no class of the modality ``start``,
+                whose class means the head begins with, is one of the target's.
+        """
         first = _names(train[target])
         known = {n for shards in train.values() for n in _names(shards)}
         for pair in self.same:
@@ -225,10 +232,13 @@ class FoldersConfig(DataConfig):
                 )
             own = {self._renamed(n) for n in _names(shards)}
             if own and first and not own & set(first):
-                say_once(
+                what = (
                     f"{modality}: none of its classes ({', '.join(sorted(own)[:3])}, ...) is one "
                     f"of {target}'s ({', '.join(first[:3])}, ...); --data.same says which meet"
                 )
+                if modality == start:
+                    raise DataError(f"{what}. The head cannot start from its class means")
+                say_once(what)
         others = [self._renamed(n) for s in train.values() for n in _names(s)]
         return tuple(dict.fromkeys([*first, *others]))
 

@@ -114,7 +114,7 @@ def load_features(path: Path) -> NamedFeatures:
         raise DataError(f"{path} holds no features: {', '.join(sorted(missing))} is not there")
     if metadata.get("sha256", "") not in ("", _digest(tensors)):
         raise DataError(f"{path} is damaged: its content is not what was written; extract it again")
-    names = tuple(map(str, json.loads(metadata["class_names"])))
+    names = _class_names(path, metadata["class_names"])
     labels, rows = tensors["labels"].long(), tensors["rows"].float()
     if len(labels) and not -1 <= int(labels.min()) <= int(labels.max()) < len(names):
         raise DataError(
@@ -129,6 +129,19 @@ def load_features(path: Path) -> NamedFeatures:
         )  # fmt: skip
     except DataError as e:
         raise DataError(f"{path}: {e}") from e
+
+
+def _class_names(path: Path, text: str) -> tuple[str, ...]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list):
+        raise DataError(f"{path}: class_names is {text[:60]!r}; it must be a JSON list of names")
+    twice = sorted({str(n) for n in names if names.count(n) > 1})
+    if twice:
+        raise DataError(f"{path}: class_names has {', '.join(twice[:5])} more than once")
+    return tuple(map(str, names))
 
 
 def is_stored(path: Path, fingerprint: str) -> bool:

@@ -149,6 +149,12 @@ def _transformers_vision(name: str) -> tuple[nn.Module, Any]:
     else:
         kind = "SiglipVisionModel" if config.model_type == "siglip" else "AutoModel"
         model = transformers_network(kind, name)
+    takes = getattr(model, "main_input_name", "pixel_values")
+    if takes != "pixel_values":
+        raise DataError(
+            f"{name} is a {type(model).__name__}, which takes {takes} and no pixels; "
+            "extract image needs a network of images"
+        )
     return model, transformers_statistics(name)
 
 

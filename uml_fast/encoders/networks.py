@@ -86,6 +86,8 @@ def transformers_config(name: str) -> Any:
 
     if Path(name).is_dir():
         _check_weights(Path(name))
+    elif name.startswith(("/", "./", "../", "~")):
+        raise DataError(f"there is no folder {name}; give one of a model, or a name on the hub")
     try:
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:

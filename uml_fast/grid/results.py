@@ -7,6 +7,7 @@ stands for it, the first of equal ones.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +71,13 @@ class Results:
         for line in lines:
             try:
                 records.append(json.loads(line))
-            except ValueError:
-                continue  # a killed process left the beginning of a line
+            except ValueError:  # a killed process leaves the beginning of a line
+                continue
+        if len(records) < len(lines):
+            logging.getLogger("uml_fast").warning(
+                "%s: %d damaged line(s); their heads are trained again",
+                self._path, len(lines) - len(records),
+            )  # fmt: skip
         return records
 
     def _take(self, number: int, record: dict[str, Any], weight: Tensor | None) -> None:

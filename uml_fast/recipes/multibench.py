@@ -59,6 +59,7 @@ def _recipe(dataset: Dataset) -> RunConfig:
         eval=EvalConfig(probe_kind="mosi" if dataset == "mosi" else "default"),
         checkpoint=CheckpointConfig(every=500, keep=1),
         metric="probe",
+        steps=0,
         epochs=100.0,
         seeds=3,
     )

@@ -207,7 +207,7 @@ def beaten_by(summary: Mapping[str, Any]) -> list[str]:
             if m.is_better(b["mean"], c["uml_mean"]):
                 where = "" if len(summary["comparison"]) == 1 else f"{setting(summary, c)}: "
                 out.append(
-                    f"{where}the baseline {b['name']} ({m.text(b['mean'])}) is better than "
+                    f"{where}the baseline {b['name']} has a better mean ({m.text(b['mean'])}) than "
                     f"{second} ({m.text(c['uml_mean'])})"
                 )
     return out

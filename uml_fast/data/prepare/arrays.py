@@ -1,8 +1,9 @@
-"""Sources of feature arrays: .npy, .npz and MultiBench pickles, as splits of named columns."""
+"""Sources of feature arrays: .npy, .npz, extracted features, MultiBench pickles; as columns."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from uml_fast.data.prepare.restricted import load_arrays
 from uml_fast.data.source import DataError
 
 PICKLES = (".pkl", ".pickle", ".p")
-FILES = (".npy", ".npz", *PICKLES)
+EXTRACTED = ".safetensors"
+FILES = (".npy", ".npz", EXTRACTED, *PICKLES)
 """Files that hold the arrays of many samples."""
 
 _FEATURES = ("features", "x", "X", "data", "rows", "embeddings")
@@ -74,6 +76,8 @@ def _load(path: Path) -> Mapping[str, Any]:
         return value if isinstance(value, Mapping) else {"features": value}
     if suffix not in FILES:
         raise DataError(f"{path} is none of {', '.join(FILES)}")
+    if suffix == EXTRACTED:
+        return _extracted(path)
     try:
         if suffix == ".npy":
             return {"features": _mapped(path)}
@@ -83,6 +87,20 @@ def _load(path: Path) -> Mapping[str, Any]:
     except (ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as e:
         hint = "; store plain numbers, or a pickle" if "allow_pickle" in str(e) else ""
         raise DataError(f"{path} cannot be read as arrays: {e}{hint}") from e
+
+
+def _extracted(path: Path) -> Mapping[str, Any]:
+    """What ``uml_fast.extract`` wrote: the features of each sample and the name of its class."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            rows, labels = (file.get_tensor(name) for name in ("rows", "labels"))
+            names = [*json.loads((file.metadata() or {})["class_names"]), ""]
+        classes = [str(names[i]) for i in labels.tolist()]
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, IndexError) as e:
+        raise DataError(f"{path} holds no features that uml_fast.extract wrote: {e}") from e
+    return {"features": rows.float().numpy(), "labels": classes}
 
 
 def _mapped(path: Path) -> np.ndarray:
