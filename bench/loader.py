@@ -233,9 +233,9 @@ def rows() -> Iterator[list[dict[str, Any]]]:
     path = harness.RESULTS / f"loader_{harness.machine_name()}.json"
     if collected:
         harness.merge_rows(path, collected, ("case",))
-        from bench import plot
+        from bench import tables
 
-        print(f"\n\n{plot.loader_table(json.loads(path.read_text()))}")
+        print(f"\n\n{tables.loader_table(json.loads(path.read_text()))}")
 
 
 @functools.lru_cache(maxsize=1)

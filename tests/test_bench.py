@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gate, harness, plot, step
+from bench import gate, harness, plot, step, tables
 from bench.factors import PackedStep
 from bench.plain import PlainStep
 from bench.shapes import STEP_SHAPES, StepShape, draw_batches, layout, valid_tokens
@@ -174,7 +174,7 @@ def content(fast: float) -> plot.Content:
 
 
 def test_table_has_the_ratio_and_the_conditions() -> None:
-    table = plot.step_table(content(5250.0))
+    table = tables.step_table(content(5250.0))
     assert "| 40 | 32 + 32 | 1,000 (float32) | 5,250 (bfloat16) | 5.2 | 41 % / 41 % |" in table
     assert "A CPU (avx2), 2 cores, threads 2, torch 2.13.0" in table and "0123456789," in table
 
@@ -183,7 +183,7 @@ def test_the_multibench_table_has_both_parts_and_their_ratios() -> None:
     made = content(1000.0)
     for row, seconds in zip(made["rows"], ((40.0, 20.0), (4.0, 1.0)), strict=True):
         row |= {"train_s": seconds[0], "evaluate_s": seconds[1], "p50_ms": 1000 * sum(seconds)}
-    table = plot.multibench_table(made)
+    table = tables.multibench_table(made)
     assert "| plain (float32) | 40.00 | 20.00 | 60.00 |" in table
     assert "| times as fast | 10.0 | 20.0 | 12.0 |" in table
 
