@@ -94,12 +94,13 @@ $(INSTALLED): $(TORCH_INSTALLED) $(CUDA_CHOICE) pyproject.toml CMakeLists.txt $(
 	touch $@
 
 # The tools' requirements are read back from the installed package, so that they build nothing again.
+# torch is named beside them: torchvision, which timm needs, would bring its newest one otherwise.
 # DALI (265 MB, about 20 s) exists for Linux alone: where it cannot be had, its tests are skipped.
 REQUIREMENTS = python -c 'import importlib.metadata as m, sys; \
   wanted = [r.split(";") for r in m.requires("uml-fast") if "extra" in r]; \
   print(*[name for name, extra in wanted if ("dali" in extra) == ("dali" in sys.argv)], sep="\n")'
 $(TOOLS): pyproject.toml | $(INSTALLED)
-	$(REQUIREMENTS) | pip install --quiet -r /dev/stdin
+	$(REQUIREMENTS) | pip install --quiet -r /dev/stdin "torch==$(TORCH)"
 	$(REQUIREMENTS) dali | pip install --quiet -r /dev/stdin \
 	  || echo "NVIDIA DALI cannot be installed here; its tests are skipped"
 	touch $@
