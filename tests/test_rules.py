@@ -145,6 +145,7 @@ import numpy, torch
 torch_needs = [re.match(r"[\\w-]+", r)[0] for r in importlib.metadata.requires("torch") or ()]
 allowed = {"torch", "numpy", "uml_fast", "functorch", "torchgen", "mpmath", "markupsafe"}
 allowed |= {name.replace("-", "_") for name in torch_needs} | set(sys.stdlib_module_names)
+allowed |= {"spmd_types"}  # torch.distributed looks whether it is there
 allowed -= {"triton"}
 
 class Blocker:
