@@ -146,7 +146,7 @@ def gathered(samples: Sequence[np.ndarray], labels: Sequence[int]) -> tuple[torc
     return torch.from_numpy(out), torch.from_numpy(lengths), torch.tensor(labels)
 
 
-class _Indexed(Dataset[Any]):
+class Indexed(Dataset[Any]):
     """Samples of all parts by number; a batch is one call."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
@@ -181,22 +181,27 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
+def tuned_loader(data: Indexed, workers: int, pin_memory: bool = False) -> Any:
+    """PyTorch's DataLoader over all parts, endless and shuffled; it keeps its workers."""
+    sampler = _Shuffled([len(s) for s in data.shards], [p.count for p in data.parts])
+    return DataLoader(
+        data,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        persistent_workers=workers > 0,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=pin_memory,
+    )
+
+
 class TorchLoader:
     """``torch.utils.data.DataLoader`` over the same index."""
 
     def __init__(self, parts: Sequence[Part], workers: int) -> None:
-        data = _Indexed(parts)
         self._count = sum(p.count for p in parts)
         self._ahead = workers * PREFETCH
-        sampler = _Shuffled([len(s) for s in data.shards], [p.count for p in parts])
-        self._loader: Any = DataLoader(
-            data,
-            batch_sampler=sampler,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCH if workers else None,
-        )
+        self._loader = tuned_loader(Indexed(parts), workers)
         self._batches = iter(self._loader)
 
     def next(self) -> int:

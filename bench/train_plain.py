@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
-from bench.loader_providers import PREFETCH, Part, _as_it_is, _Indexed, _Shuffled
+from bench.loader_providers import Indexed, Part, tuned_loader
 from uml_fast.foreign import import_timm
 from uml_fast.kernels.log_mel import hann, mel_filters
 from uml_fast.modalities.audio import AudioConfig
@@ -33,7 +32,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Padded samples, their tokens (B,) and labels (B,)."""
 
 
-class PaddedBatches(_Indexed):
+class PaddedBatches(Indexed):
     """A batch of every modality a call, padded to a whole number of buckets."""
 
     def __getitems__(self, chosen: Sequence[np.ndarray]) -> list[Batch]:
@@ -166,17 +165,7 @@ class PlainTraining:
         self, plain: PlainStack, parts: Sequence[Part], workers: int, device: torch.device
     ) -> None:
         self.model, self.parts, self.device = plain.to(device), parts, device
-        data = PaddedBatches(parts)
-        sampler = _Shuffled([len(s) for s in data.shards], [p.count for p in parts])
-        self._loader: Any = DataLoader(
-            data,
-            batch_sampler=sampler,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCH if workers else None,
-            pin_memory=device.type == "cuda",
-        )
+        self._loader = tuned_loader(PaddedBatches(parts), workers, device.type == "cuda")
         self.batches = iter(self._loader)
         self.optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, fused=True)
         self.loss = torch.compile(self.model, dynamic=False)

@@ -9,8 +9,8 @@ from uml_fast.config import BackboneConfig, ModalityConfig, RunConfig, require
 from uml_fast.modalities.features import FeaturesConfig
 from uml_fast.modalities.image import ImageConfig
 from uml_fast.modalities.text import TextConfig
+from uml_fast.model.interop.initialise import source_of
 from uml_fast.model.interop.load import Pretrained, load_pretrained
-from uml_fast.model.transformer import TransformerConfig
 
 logger = logging.getLogger("uml_fast")
 
@@ -41,19 +41,15 @@ def complete(config: RunConfig) -> RunConfig:
         backbone = dataclasses.replace(backbone, width=_width(modalities))
     networks = (backbone, *(m.encoder for m in modalities))
     require(
-        "pretrained" not in config.modes or any(_init_from(n) for n in networks),
+        "pretrained" not in config.modes or any(source_of(n) for n in networks),
         "mode 'pretrained' needs weights to start from: --backbone.init-from FOLDER, or "
         "--modalities.0.encoder.init-from FOLDER",
     )
     return dataclasses.replace(config, modalities=modalities, backbone=backbone)
 
 
-def _init_from(network: BackboneConfig | None) -> str | None:
-    return network.init_from if isinstance(network, TransformerConfig) else None
-
-
 def _shared(backbone: BackboneConfig) -> BackboneConfig:
-    source = _init_from(backbone)
+    source = source_of(backbone)
     if not source:
         return backbone
     theirs = load_pretrained(source, weights=False).backbone
@@ -65,7 +61,7 @@ def _shared(backbone: BackboneConfig) -> BackboneConfig:
 
 
 def _modality(m: ModalityConfig, config: RunConfig) -> ModalityConfig:
-    source = _init_from(m.encoder)
+    source = source_of(m.encoder)
     if source:
         return _with_network(m, load_pretrained(source, weights=False))
     if isinstance(m, FeaturesConfig) and m.size == 0:

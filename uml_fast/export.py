@@ -111,17 +111,12 @@ def _write_folder(
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
+    whole = {name: t.contiguous() for name, t in tensors.items()}
     try:
-        temporary = path.with_name(path.name + ".tmp")
-        save_file(
-            {name: t.contiguous() for name, t in tensors.items()}, temporary,
-            {"format": "pt"} | metadata,
-        )  # fmt: skip
-        temporary.replace(path)
-    except (OSError, SafetensorError) as e:
+        replace_file(path, save(whole, {"format": "pt"} | metadata))
+    except OSError as e:
         raise RunFolderError(f"cannot write {path}: {e}") from e
 
 

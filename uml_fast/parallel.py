@@ -30,12 +30,11 @@ from uml_fast.config import ConfigError, DistConfig, RunConfig, require
 from uml_fast.distributed import Ranks
 from uml_fast.model.uml import Uml
 from uml_fast.pack import Layout, PackedBatch
+from uml_fast.scaling import STATE_BYTES
 
 Parts = dict[str, Tensor]
 LossFunction = Callable[[Uml, PackedBatch, RunConfig, Tensor | None], Parts]
 
-_STATE_BYTES = 16
-"""Bytes a parameter takes in training: weight, gradient and two moments, all fp32."""
 _WHOLE_PART = 0.5
 """Part of a GPU's memory up to which ``auto`` keeps the model whole; the rest is activations."""
 
@@ -123,7 +122,7 @@ def choose(config: DistConfig, model: nn.Module, ranks: Ranks, device: torch.dev
         return "fsdp"
     if device.type != "cuda":
         return "ddp"
-    whole = _STATE_BYTES * sum(p.numel() for p in model.parameters())
+    whole = STATE_BYTES * sum(p.numel() for p in model.parameters())
     memory = torch.cuda.get_device_properties(device).total_memory
     return "fsdp" if whole > _WHOLE_PART * memory else "ddp"
 

@@ -21,6 +21,8 @@ BANDWIDTH_SHARE = 0.9
 CROSSINGS = 4
 """Times that activations cross the memory in forward and backward, with norms, activation function
 and residuals fused."""
+STATE_BYTES = 16
+"""Bytes per parameter that training holds: weight, gradient and two moments, all fp32."""
 OPTIMIZER_TRAFFIC = 28
 """Bytes per parameter and step: weight, two moments and gradient read, three of them written."""
 
@@ -269,7 +271,7 @@ def predict(
         communication_s=communication,
         exposed_s=max(0.0, communication - backward_s),
         loading_s=sum(samples[s.name] * s.decode_s for s in streams) / cores,
-        states_bytes=16 * parameters / parts + dtype_bytes * parameters / parts,
+        states_bytes=STATE_BYTES * parameters / parts + dtype_bytes * parameters / parts,
         activations_bytes=network.kept(dtype_bytes) * tokens,
         samples=samples,
         stored_bytes=sum(samples[s.name] * s.stored_bytes for s in streams),

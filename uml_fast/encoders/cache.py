@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from uml_fast.data.source import DataError
+from uml_fast.files import replace_file
 from uml_fast.grid.features import Features
 
 
@@ -67,8 +68,7 @@ def save_features(
     Raises:
         DataError: the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {"rows": rows.contiguous(), "labels": labels.contiguous()}
     if keys:
@@ -80,15 +80,10 @@ def save_features(
     }
     if facts is not None:
         metadata |= {"facts": json.dumps(facts), "fingerprint": fingerprint_of(facts)}
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(0o644)  # safetensors lets its owner alone read it
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as e:
+        replace_file(path, save(tensors, metadata))
+    except OSError as e:
         raise DataError(f"cannot write {path}: {e}; free space or choose another --out") from e
 
 

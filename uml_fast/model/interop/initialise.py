@@ -32,7 +32,7 @@ def init_from_checkpoints(model: Uml, config: RunConfig) -> None:
             lists what differs.
     """
     for modality in config.modalities:
-        source = _init_from(modality.encoder)
+        source = source_of(modality.encoder)
         if modality.encoder is not None and source:
             pretrained = load_pretrained(source)
             name = f"{modality.name}.encoder"
@@ -40,7 +40,7 @@ def init_from_checkpoints(model: Uml, config: RunConfig) -> None:
             assert isinstance(encoder, Backbone)
             _load_network(encoder, modality.encoder, pretrained, name)
             _load_stem(model, modality, pretrained)
-    source = _init_from(config.backbone)
+    source = source_of(config.backbone)
     if source:
         pretrained = load_pretrained(source)
         _load_network(model.backbone, config.backbone, pretrained, "backbone")
@@ -51,7 +51,8 @@ def init_from_checkpoints(model: Uml, config: RunConfig) -> None:
                 logger.info("%s: its embedding is new, it has none in %s", modality.name, source)
 
 
-def _init_from(config: BackboneConfig | None) -> str | None:
+def source_of(config: BackboneConfig | None) -> str | None:
+    """The checkpoint that a network starts from, if any."""
     return config.init_from if isinstance(config, TransformerConfig) else None
 
 
