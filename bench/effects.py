@@ -24,7 +24,7 @@ import numpy as np
 from bench.harness import RESULTS
 from uml_fast.analysis.statistics import correct_rows, paired_comparison
 from uml_fast.cli import run_main
-from uml_fast.files import replace_file
+from uml_fast.runtime.files import replace_file
 
 _KEPT = ("recipe", "target", "metric", "machine", "versions", "searched", "heads")
 _RESULT = ("mode", "seed", "shots", "head", "validation", "steps")

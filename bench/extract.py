@@ -31,9 +31,9 @@ from uml_fast.data.shards import ShardSet
 from uml_fast.encoders.cache import load_features, save_features
 from uml_fast.encoders.extraction import extract
 from uml_fast.encoders.image import ImageEncoder
-from uml_fast.foreign import import_timm
 from uml_fast.grid import HeadData, HeadSchedule, product, train_grid
-from uml_fast.progress import StatusLine
+from uml_fast.runtime.foreign import import_timm
+from uml_fast.runtime.progress import StatusLine
 
 IMAGES, BATCH, SIZE = 32, 16, 224
 NETWORKS = ("vit_small_patch16_224", "resnet50")

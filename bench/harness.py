@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from uml_fast.machine import machine_info
+from uml_fast.runtime.machine import machine_info
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(os.environ.get("UML_BENCH_RESULTS", ROOT / "bench" / "results"))

@@ -34,11 +34,11 @@ import torch
 from bench import harness, loader_data
 from bench import loader_providers as by
 from bench.loader_providers import Part, Provider
-from uml_fast.machine import machine_info
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig
 from uml_fast.modalities.image import ImageConfig
 from uml_fast.modalities.text import TextConfig
+from uml_fast.runtime.machine import machine_info
 
 TURN_S = 0.7
 TURNS = 5

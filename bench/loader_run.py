@@ -50,7 +50,7 @@ def config_of(**places: str) -> Any:
 
 def trial_of(config: Any) -> Any:
     """The trial that ``uml_fast.train`` would run first."""
-    from uml_fast.trial import Trial
+    from uml_fast.training.trial import Trial
 
     return Trial(config, "uml", 0, Path(config.out) / "trial")
 

@@ -34,13 +34,13 @@ from uml_fast.config import RunConfig
 from uml_fast.data.loader import Loader
 from uml_fast.data.multibench_made import write_benchmark
 from uml_fast.data.source import Source, Task
-from uml_fast.machine import machine_info
-from uml_fast.measure import AlignedSources, aligned_probes, embed, pack_source
 from uml_fast.model.transformer import multibench
 from uml_fast.model.uml import Uml
 from uml_fast.recipes.multibench import mosi
-from uml_fast.start import build_model, resolve, shares_of
-from uml_fast.trial import Trial
+from uml_fast.runtime.machine import machine_info
+from uml_fast.training.measure import AlignedSources, aligned_probes, embed, pack_source
+from uml_fast.training.start import build_model, resolve, shares_of
+from uml_fast.training.trial import Trial
 
 WIDTH, BATCH, DROPOUT = 150, 32, 0.1
 ROUNDS = {"plain": 2, "uml_fast": 8}

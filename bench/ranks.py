@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from bench import harness
-from tests.on_ranks import run_ranks
+from tests.distributed.on_ranks import run_ranks
 from uml_fast.config import DistConfig, MixConfig, ObjectiveConfig, RunConfig
 from uml_fast.data.synthetic import SyntheticConfig
-from uml_fast.distributed import Ranks, join_ranks
+from uml_fast.distributed.ranks import Ranks, join_ranks
 from uml_fast.model.transformer import TransformerConfig
 from uml_fast.recipes.throughput import mixed
-from uml_fast.trial import Trial
+from uml_fast.training.trial import Trial
 
 ROUNDS, WARM_STEPS, STEPS = 5, 3, 10
 TIMES_ASKED = 1.7

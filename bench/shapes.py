@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uml_fast.data.synthetic import SHAPES, Stream, draw
-from uml_fast.pack import Layout, Region
+from uml_fast.packing.pack import Layout, Region
 
 Samples = Mapping[str, Sequence[np.ndarray]]
 """Samples of one batch per modality, each (rows, E)."""

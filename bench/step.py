@@ -23,14 +23,14 @@ from bench import harness
 from bench.plain import DEVICE, PlainStep, pad_batch
 from bench.shapes import STEP_SHAPES, Samples, StepShape, draw_batches, layout, valid_tokens
 from tests.plain_uml import PlainUml, adam, uml_fast_state
-from uml_fast.compat import prediction_losses
-from uml_fast.device import resolve_dtype
-from uml_fast.flops import measured_bandwidth, measured_peak
-from uml_fast.machine import machine_info
+from uml_fast.cost.flops import measured_bandwidth, measured_peak
+from uml_fast.model.compat import prediction_losses
 from uml_fast.model.uml import Uml
-from uml_fast.pack import pack_samples
+from uml_fast.packing.pack import pack_samples
 from uml_fast.recipes.throughput import mosi
-from uml_fast.step import TrainStep
+from uml_fast.runtime.device import resolve_dtype
+from uml_fast.runtime.machine import machine_info
+from uml_fast.training.step import TrainStep
 
 DROPOUT = 0.1
 CHECK_STEPS = 2

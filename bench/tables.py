@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from bench.harness import RESULTS
+from uml_fast.cost.scaling import Chip, Cluster, Network, Stream, predict
 from uml_fast.data.synthetic import SHAPES
 from uml_fast.model.transformer import multibench
-from uml_fast.scaling import Chip, Cluster, Network, Stream, predict
 
 Content = dict[str, Any]
 """One file of rows."""

@@ -32,18 +32,18 @@ from bench import loader_providers as by
 from bench.loader_providers import Part
 from bench.train_plain import PlainStack, PlainTraining, copy_weights, pad
 from uml_fast.config import EvalConfig, MixConfig, ObjectiveConfig, OptimConfig, RunConfig
+from uml_fast.cost.flops import datasheet_peak, measured_peak
 from uml_fast.data.folders import FoldersConfig
 from uml_fast.data.source import Source
-from uml_fast.flops import datasheet_peak, measured_peak
-from uml_fast.meter import flops_per_row
 from uml_fast.modalities.audio import AudioConfig, to_rows
 from uml_fast.modalities.image import ImageConfig, to_patches
 from uml_fast.modalities.text import TextConfig
+from uml_fast.model.objective import losses
 from uml_fast.model.transformer import vit
 from uml_fast.model.uml import Uml
-from uml_fast.objective import losses
-from uml_fast.pack import Layout, Region, pack_samples
-from uml_fast.trial import Trial
+from uml_fast.packing.pack import Layout, Region, pack_samples
+from uml_fast.training.meter import flops_per_row
+from uml_fast.training.trial import Trial
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.loader_providers import Indexed, Part, tuned_loader
-from uml_fast.foreign import import_timm
 from uml_fast.kernels.log_mel import hann, mel_filters
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.image import ImageConfig
 from uml_fast.model.transformer import TransformerConfig
 from uml_fast.model.uml import Uml
+from uml_fast.runtime.foreign import import_timm
 
 BUCKET = 32
 """Tokens that padded lengths are multiples of."""

@@ -35,7 +35,7 @@ def missing(capability: str) -> str | None:
     if capability == "cuda":
         return None if torch.cuda.is_available() else "no CUDA device"
     if capability == "native":
-        from uml_fast import native
+        from uml_fast.runtime import native
 
         return None if native.available() else f"no native extension: {native.reason()}"
     try:

@@ -15,8 +15,8 @@ import numpy as np
 from sklearn.datasets import load_digits
 
 from uml_fast.analysis.statistics import mean_interval, paired_comparison
-from uml_fast.log import RunLog
-from uml_fast.machine import machine_info
+from uml_fast.runtime.machine import machine_info
+from uml_fast.training.log import RunLog
 
 STEPS = range(20, 601, 20)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from uml_fast import cli, recipes
-from uml_fast.checkpoint import CheckpointError
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.data.source import DataError
+from uml_fast.training.checkpoint import CheckpointError
 
 RECIPE = '''
 from __future__ import annotations

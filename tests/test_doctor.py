@@ -31,7 +31,7 @@ def test_report_agrees_with_this_machine(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_native_lines_follow_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    from uml_fast import native
+    from uml_fast.runtime import native
 
     assert finding("native extension").on == native.available()
     monkeypatch.setattr(native, "available", lambda: False)

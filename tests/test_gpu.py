@@ -13,8 +13,8 @@ from tests.tiny import tiny, tiny_prediction
 from uml_fast.config import RunConfig
 from uml_fast.data.loader import Loader, layouts_of
 from uml_fast.model.uml import Uml
-from uml_fast.pack import PackedBatch, unpack_samples
-from uml_fast.step import TrainStep
+from uml_fast.packing.pack import PackedBatch, unpack_samples
+from uml_fast.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

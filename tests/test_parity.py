@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from tests.plain_uml import PlainUml, adam, pad, uml_fast_state
-from uml_fast.compat import embeddings, prediction_losses, release_batch
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.modalities.features import FeaturesConfig
+from uml_fast.model.compat import embeddings, prediction_losses, release_batch
+from uml_fast.model.objective import losses, total
 from uml_fast.model.transformer import multibench
 from uml_fast.model.uml import Uml
-from uml_fast.objective import losses, total
-from uml_fast.pack import Layout, PackedBatch, Region, pack_samples
+from uml_fast.packing.pack import Layout, PackedBatch, Region, pack_samples
 from uml_fast.recipes.throughput import mosi
-from uml_fast.step import TrainStep
+from uml_fast.training.step import TrainStep
 
 SIZES = {"x": 6, "y": 11, "z": 5}
 """Elements of a row; z is a modality of single vectors."""

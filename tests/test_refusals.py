@@ -11,8 +11,8 @@ from tests.tiny import tiny
 from uml_fast.config import ConfigError, OptimConfig
 from uml_fast.data.source import DataError
 from uml_fast.model.transformer import TransformerConfig
-from uml_fast.start import build_model
 from uml_fast.train import train
+from uml_fast.training.start import build_model
 
 
 def test_data_that_does_not_fit_the_stem_is_named() -> None:

@@ -11,8 +11,9 @@ import pytest
 from uml_fast import search
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.data.multibench_made import write_benchmark
-from uml_fast.run import open_run, write_json
-from uml_fast.trial import TrainingError
+from uml_fast.experiment.run import open_run
+from uml_fast.training.log import write_json
+from uml_fast.training.trial import TrainingError
 
 SMALL = [
     "mosi",

@@ -19,14 +19,16 @@ import torch
 from safetensors import safe_open
 
 from tests.tiny import tiny
-from uml_fast import evaluate, export, train, trial
+from uml_fast import evaluate, export, train
 from uml_fast.config import ConfigError, MixConfig, OptimConfig, RunConfig
 from uml_fast.data.synthetic import SyntheticConfig
-from uml_fast.log import RunFolderError
-from uml_fast.measure import embed, pack_source
-from uml_fast.run import from_json, locked, to_json
-from uml_fast.start import build_model
-from uml_fast.trial import TrainingError
+from uml_fast.experiment.run import from_json, locked, to_json
+from uml_fast.experiment.trained import load_model
+from uml_fast.training import trial
+from uml_fast.training.log import RunFolderError
+from uml_fast.training.measure import embed, pack_source
+from uml_fast.training.start import build_model
+from uml_fast.training.trial import TrainingError
 
 ROOT = Path(__file__).parents[1]
 RECIPE = f"{Path(__file__).parent / 'tiny.py'}:tiny"
@@ -203,8 +205,8 @@ def test_patience_stops_early_and_restores_the_best(tmp_path: Path) -> None:
     values = [r["val"] for r in lines if "val" in r]
     assert len(lines) < 200
     assert values[-3] == max(values) and values[-3] >= max(values[-2:])
-    model, _, task = evaluate.load_model(tmp_path / "run", "unimodal", 0)
-    from uml_fast.measure import head_accuracy
+    model, _, task = load_model(tmp_path / "run", "unimodal", 0)
+    from uml_fast.training.measure import head_accuracy
 
     assert head_accuracy(model, pack_source(task.validation, torch.device("cpu"))) == max(values)
 
@@ -235,7 +237,7 @@ def test_exported_file_gives_the_same_logits_without_uml_fast(
     assert code
     scope: dict[str, object] = {}
     exec(code.group(1).replace("image.safetensors", str(path)), scope)
-    model, _, task = evaluate.load_model(finished, "uml", 0)
+    model, _, task = load_model(finished, "uml", 0)
     model.dtype = torch.float32
     packed = pack_source(task.test, torch.device("cpu"))
     expected = model.logits(torch.from_numpy(embed(model, packed)), "image")

@@ -22,9 +22,7 @@ from uml_fast.analysis.of_heads import (
 )
 from uml_fast.cli import run_main
 from uml_fast.config import ConfigError, RunConfig, require
-from uml_fast.evaluate import finished_trials, load_model
-from uml_fast.grid.run import UNIMODAL, GridConfig
-from uml_fast.observe import (
+from uml_fast.experiment.observe import (
     Observed,
     look,
     neuron_findings,
@@ -32,7 +30,7 @@ from uml_fast.observe import (
     open_shifted,
     shift_findings,
 )
-from uml_fast.observe_grid import (
+from uml_fast.experiment.observe_grid import (
     ChosenHead,
     Loaded,
     chosen_heads,
@@ -43,10 +41,13 @@ from uml_fast.observe_grid import (
     settings_of,
     shifted_heads,
 )
-from uml_fast.progress import StatusLine, duration
+from uml_fast.experiment.run import read_any_config
+from uml_fast.experiment.trained import finished_trials, load_model
+from uml_fast.grid.run import UNIMODAL, GridConfig
 from uml_fast.report import print_analyses, write_report
 from uml_fast.report.table import mode_name
-from uml_fast.run import read_any_config, write_json
+from uml_fast.runtime.progress import StatusLine, duration
+from uml_fast.training.log import write_json
 
 ANALYSIS = "analysis.json"
 """Name of the file in a run's folder."""

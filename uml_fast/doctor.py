@@ -126,7 +126,7 @@ def _cpu() -> tuple[bool, str]:
 def _bf16() -> tuple[bool, str]:
     import torch
 
-    from uml_fast.device import has_bf16
+    from uml_fast.runtime.device import has_bf16
 
     if has_bf16(torch.device("cpu")):
         return True, "matrix products run in bf16 (precision auto)"
@@ -154,13 +154,13 @@ def _cuda_device() -> tuple[bool, str]:
 
 
 def _native() -> tuple[bool, str]:
-    from uml_fast import native
+    from uml_fast.runtime import native
 
     return (True, "loaded") if native.available() else (False, native.reason())
 
 
 def _native_cuda() -> tuple[bool, str]:
-    from uml_fast import native
+    from uml_fast.runtime import native
 
     extension = native.cuda_module()
     if extension is None:

@@ -16,17 +16,17 @@ from torch import Tensor
 
 from uml_fast.cli import run_main
 from uml_fast.config import ConfigError
-from uml_fast.evaluate import finished_trials, load_model
-from uml_fast.files import replace_file
+from uml_fast.experiment.heads import export_head
+from uml_fast.experiment.run import read_any_config, to_json
+from uml_fast.experiment.trained import finished_trials, load_model
 from uml_fast.grid.run import GridConfig
-from uml_fast.heads import export_head
-from uml_fast.log import RunFolderError
 from uml_fast.model.interop.checkpoint import WEIGHTS
 from uml_fast.model.interop.plain import plain_model
 from uml_fast.model.interop.to_timm import timm_files
 from uml_fast.model.interop.to_transformers import transformers_files
 from uml_fast.model.uml import Uml
-from uml_fast.run import read_any_config, to_json
+from uml_fast.runtime.files import replace_file
+from uml_fast.training.log import RunFolderError
 
 
 def target_tensors(model: Uml, target: str) -> dict[str, Tensor]:

@@ -23,7 +23,6 @@ from uml_fast.data.prepare.text import find_texts
 from uml_fast.data.rows import rows_of
 from uml_fast.data.shards import ShardSet, splits_of
 from uml_fast.data.source import DataError, Source
-from uml_fast.device import resolve_device, resolve_dtype
 from uml_fast.encoders import image, text
 from uml_fast.encoders.audio import AudioEncoder
 from uml_fast.encoders.extraction import Encoder, Sentences, Stored, extract
@@ -32,10 +31,11 @@ from uml_fast.encoders.patches import PatchEncoder
 from uml_fast.encoders.plain import PlainEncoder
 from uml_fast.encoders.sentences import SentenceEncoder
 from uml_fast.encoders.sounds import SoundEncoder
-from uml_fast.evaluate import finished_trials, load_model
-from uml_fast.measure import embed, pack_source
-from uml_fast.progress import StatusLine
-from uml_fast.run import read_config
+from uml_fast.experiment.run import read_config
+from uml_fast.experiment.trained import finished_trials, load_model
+from uml_fast.runtime.device import resolve_device, resolve_dtype
+from uml_fast.runtime.progress import StatusLine
+from uml_fast.training.measure import embed, pack_source
 
 _DESCRIPTION = """Extract the features of frozen encoders once, for heads that are trained on them.
 

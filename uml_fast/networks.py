@@ -77,7 +77,7 @@ class BackboneConfig:
 
     width: int
     """Features per token at the input of the network; stems project to it. Of a shared network 0:
-    as many as those of modalities give it (``uml_fast.complete``)."""
+    as many as those of modalities give it (``uml_fast.training.complete``)."""
     freeze: bool = False
     """Leave the network as it starts; a modality's own together with its stem."""
     unfreeze_at: int = 0

@@ -44,7 +44,7 @@ from uml_fast.modalities.image import ImageConfig
 from uml_fast.modalities.text import TextConfig
 from uml_fast.model.head import SharedHead
 from uml_fast.model.transformer import Transformer, TransformerConfig
-from uml_fast.pack import Layout, PackedBatch, Region, RegionRows
+from uml_fast.packing.pack import Layout, PackedBatch, Region, RegionRows
 
 __all__ = [
     "AudioConfig", "FeaturesConfig", "ImageConfig", "ObjectiveConfig", "Ragged", "SegmentAttention",

@@ -8,9 +8,9 @@ from typing import Literal
 
 from uml_fast.cli import run_main
 from uml_fast.config import require
+from uml_fast.cost.scaling import CHIPS, Cluster, Network, Prediction, Stream, predict
 from uml_fast.model.transformer import vit
 from uml_fast.recipes import unknown
-from uml_fast.scaling import CHIPS, Cluster, Network, Prediction, Stream, predict
 
 _TEXT_ENTRIES = 32_000
 """Rows of the embedding table of text."""

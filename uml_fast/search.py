@@ -26,15 +26,16 @@ import numpy as np
 
 from uml_fast.cli import parse, run_main
 from uml_fast.config import ConfigError, Mode, RunConfig, require
-from uml_fast.machine import machine_info
-from uml_fast.progress import duration
+from uml_fast.experiment.run import open_run, to_json
+from uml_fast.experiment.summary import compare
 from uml_fast.report import print_table, write_report
 from uml_fast.report.probes import probe_lines
-from uml_fast.run import open_run, to_json, write_json
-from uml_fast.start import resolve
-from uml_fast.summary import compare
+from uml_fast.runtime.machine import machine_info
+from uml_fast.runtime.progress import duration
 from uml_fast.train import train
-from uml_fast.trial import TrainingError
+from uml_fast.training.log import write_json
+from uml_fast.training.start import resolve
+from uml_fast.training.trial import TrainingError
 
 _PROG = "python -m uml_fast.search"
 _USAGE = f"""usage: {_PROG} RECIPE --over FIELD=VALUE,VALUE [FIELD=...] [options of the recipe]

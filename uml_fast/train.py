@@ -15,23 +15,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uml_fast import log
 from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
-from uml_fast.distributed import Ranks, join_ranks
-from uml_fast.dry_run import dry_run
+from uml_fast.distributed.ranks import Ranks, join_ranks
+from uml_fast.experiment.dry_run import dry_run
+from uml_fast.experiment.run import check_alike, locked, open_run, to_json
+from uml_fast.experiment.summary import describe_samples, summarise
+from uml_fast.experiment.train_heads import train_heads
 from uml_fast.grid.run import GridConfig
-from uml_fast.profiling import profiled
 from uml_fast.report import print_table, write_report
 from uml_fast.report.probes import probe_lines
-from uml_fast.run import check_alike, locked, open_run, to_json, write_json
-from uml_fast.start import resolve
-from uml_fast.stop import StopSignal
-from uml_fast.summary import describe_samples, summarise
-from uml_fast.trace import Trace
-from uml_fast.train_heads import train_heads
-from uml_fast.trial import Stopped, Trial
+from uml_fast.runtime.profiling import profiled
+from uml_fast.runtime.stop import StopSignal
+from uml_fast.runtime.trace import Trace
+from uml_fast.training import log
+from uml_fast.training.log import write_json
+from uml_fast.training.start import resolve
+from uml_fast.training.trial import Stopped, Trial
 
 _AGAIN = "the same command continues it"
 

@@ -1,5 +1,5 @@
 // From a plan to a pack: copies raw rows into a slot and writes the arrays that describe them.
-// uml_fast/pack.py (PackedBatch, pack_samples) is the readable definition.
+// uml_fast/packing/pack.py (PackedBatch, pack_samples) is the readable definition.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// Which samples go into which pack. uml_fast/schedule.py is the readable definition and gives the
+// Which samples go into which pack. uml_fast/packing/schedule.py is the readable definition and gives the
 // same plans.
 #pragma once
 
@@ -19,7 +19,7 @@ struct StreamSpec {
   double share = 1.0;
 };
 
-// How one region is filled; fields as in uml_fast.schedule.RegionRule.
+// How one region is filled; fields as in uml_fast.packing.schedule.RegionRule.
 struct RegionRule {
   int stream = 0;
   int64_t rows = 0;
@@ -29,7 +29,7 @@ struct RegionRule {
   int64_t close = 0;
 };
 
-// How one layout is filled; fields as in uml_fast.schedule.LayoutRule.
+// How one layout is filled; fields as in uml_fast.packing.schedule.LayoutRule.
 struct LayoutRule {
   std::vector<RegionRule> regions;
   std::vector<int> order;
@@ -38,7 +38,7 @@ struct LayoutRule {
 
 enum class Policy { kJoint, kAlternate, kWarmup };
 
-// Everything the planner needs beside the streams; fields as in uml_fast.schedule.Rules.
+// Everything the planner needs beside the streams; fields as in uml_fast.packing.schedule.Rules.
 struct PlannerSpec {
   std::vector<StreamSpec> streams;
   std::vector<LayoutRule> layouts;
@@ -64,7 +64,7 @@ struct PackPlan {
 };
 
 // What a rank still gets of the epochs that had begun when the number of ranks changed; fields as
-// in uml_fast.schedule.Deal.
+// in uml_fast.packing.schedule.Deal.
 struct Deal {
   int64_t through = -1;
   std::vector<int64_t> epochs;
@@ -135,7 +135,7 @@ class Planner {
   // Writes the next pack's plan; allocates nothing once `plan` has grown to its largest size.
   void next(PackPlan& plan);
 
-  // The state as integers, the same as uml_fast.schedule.Planner's.
+  // The state as integers, the same as uml_fast.packing.schedule.Planner's.
   size_t state_size() const { return kHeader + queues_.size() * StreamQueue::kStateSize; }
   void save(std::span<int64_t> state) const;
   // `deals` has what each stream was dealt, or is empty. Throws std::invalid_argument for a state

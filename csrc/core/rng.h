@@ -18,7 +18,7 @@ constexpr uint64_t mix64(uint64_t z) {
 // One coordinate folded into a hash.
 constexpr uint64_t fold64(uint64_t h, uint64_t x) { return mix64(h + kGolden * (x + 1)); }
 
-// Sort key of sample `i` in epoch `epoch` of a stream; the same as uml_fast.schedule.hash64.
+// Sort key of sample `i` in epoch `epoch` of a stream; the same as uml_fast.packing.schedule.hash64.
 constexpr uint64_t hash64(uint64_t seed, uint64_t stream, uint64_t epoch, uint64_t i) {
   return fold64(fold64(fold64(fold64(0, seed), stream), epoch), i);
 }

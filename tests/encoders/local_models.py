@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from uml_fast.foreign import import_timm, import_transformers
+from uml_fast.runtime.foreign import import_timm, import_transformers
 
 pytest.importorskip("tokenizers")
 transformers = import_transformers()

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.made_files import ALL, image_folder, run, write
 from tests.encoders import local_models
-from tests.made_files import ALL, image_folder, run, write
 from uml_fast import extract
 from uml_fast.cli import run_main
 from uml_fast.config import EvalConfig, MixConfig
 from uml_fast.data.folders import FoldersConfig
 from uml_fast.encoders.cache import load_features
-from uml_fast.measure import embed, pack_source
 from uml_fast.recipes import load_recipe
 from uml_fast.train import train
+from uml_fast.training.measure import embed, pack_source
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from uml_fast.data.source import DataError
 from uml_fast.encoders.audio import AudioEncoder
 from uml_fast.encoders.image import ImageEncoder, crop
 from uml_fast.encoders.text import TextEncoder
-from uml_fast.foreign import import_timm
+from uml_fast.runtime.foreign import import_timm
 
 CPU = torch.device("cpu")
 TEXTS = ["a photo of a cat .", "dog", "the big dog has wings and fur ."]

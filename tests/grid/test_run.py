@@ -15,17 +15,18 @@ import torch
 from safetensors import safe_open
 
 from tests.grid.made_features import NAMES, write_all, write_features
-from uml_fast import evaluate, export, extract, train_heads
+from uml_fast import evaluate, export, extract
 from uml_fast.cli import parse, run_main
 from uml_fast.config import ConfigError
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import load_features
+from uml_fast.experiment import train_heads
 from uml_fast.grid.cells import HeadSchedule
 from uml_fast.grid.data import FeatureFiles
 from uml_fast.grid.run import GridConfig, SearchConfig
-from uml_fast.log import RunFolderError
 from uml_fast.recipes import load_recipe
 from uml_fast.train import main, train
+from uml_fast.training.log import RunFolderError
 
 QUICK = HeadSchedule(steps=60, eval_every=20, patience=2)
 

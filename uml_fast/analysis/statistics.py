@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-12
@@ -72,7 +71,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     mean, n = float(x.mean()), len(x)
     if n == 1 or np.allclose(x, mean, rtol=0, atol=ROUNDING):
         return Interval(mean=mean, ci95_low=None, ci95_high=None, n=n)
-    half = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1) * x.std(ddof=1) / math.sqrt(n))
+    half = _t(n - 1) * float(x.std(ddof=1) / math.sqrt(n))
     return Interval(mean=mean, ci95_low=mean - half, ci95_high=mean + half, n=n)
 
 
@@ -124,9 +123,18 @@ def paired_comparison(
     )
 
 
+def _t(degrees: int) -> float:
+    """Student's t at CONFIDENCE, two-sided."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.5 + CONFIDENCE / 2, degrees))
+
+
 def _p_value(differences: np.ndarray, interval: Interval) -> float | None:
     if interval.ci95_low is None:
         return None
+    from scipy import stats
+
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
@@ -182,6 +190,8 @@ def bootstrap_interval(
         raise ValueError(f"samples have {[len(s) for s in x]} values; one a seed is needed in each")
     if len(x[0]) < BOOTSTRAP_SEEDS:
         return None
+    from scipy import stats
+
     found = stats.bootstrap(
         tuple(x), statistic, paired=True, vectorized=True, method="percentile",
         confidence_level=CONFIDENCE, rng=np.random.default_rng(seed),
@@ -207,7 +217,7 @@ def ratio_interval(
     n = len(b)
     if n == 1:
         return None
-    t2 = float(stats.t.ppf(0.5 + CONFIDENCE / 2, n - 1)) ** 2
+    t2 = _t(n - 1) ** 2
     covariance = np.cov(b, c) / n
     quadratic = float(c.mean() ** 2 - t2 * covariance[1, 1])
     linear = float(b.mean() * c.mean() - t2 * covariance[0, 1])

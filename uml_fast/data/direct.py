@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uml_fast import native
 from uml_fast.data.shards import ShardSet
 from uml_fast.modalities.image import ImageConfig
+from uml_fast.runtime import native
 
 _EXTENSIONS = np.array([b"jpg", b"jpeg"])
 

@@ -25,8 +25,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from uml_fast.data.source import DataError
 from uml_fast.data.tar import members
-from uml_fast.files import sha256_of
-from uml_fast.progress import StatusLine, duration
+from uml_fast.runtime.files import sha256_of
+from uml_fast.runtime.progress import StatusLine, duration
 
 ATTEMPTS = 4
 """Times that a file is asked for."""

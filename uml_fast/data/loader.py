@@ -14,22 +14,22 @@ from types import TracebackType
 import numpy as np
 import torch
 
-from uml_fast import native
 from uml_fast.config import MixConfig, require
 from uml_fast.data.packs import NativePacks, Packs, ReferencePacks, assemble, planner_args
 from uml_fast.data.produce import reader_count
 from uml_fast.data.source import Samples
-from uml_fast.layout import Stream, make_layouts, make_rules
-from uml_fast.pack import Layout, PackedBatch
-from uml_fast.resume import Generation, State, continue_from, join, rank_state
-from uml_fast.schedule import (
+from uml_fast.packing.layout import Stream, make_layouts, make_rules
+from uml_fast.packing.pack import Layout, PackedBatch
+from uml_fast.packing.resume import Generation, State, continue_from, join, rank_state
+from uml_fast.packing.schedule import (
     STATE_HEADER,
     STREAM_STATE,
     Planner,
     check_ranks,
     sequential_plan,
 )
-from uml_fast.trace import Trace
+from uml_fast.runtime import native
+from uml_fast.runtime.trace import Trace
 
 _SLOT_BYTES = 256 << 20
 """Memory for the packs of a loader, on the host and again on a device of its own."""

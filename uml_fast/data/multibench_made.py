@@ -24,7 +24,7 @@ import numpy as np
 
 from uml_fast.data.multibench_files import BENCHMARKS, ICD9_TASK, Dataset
 from uml_fast.data.source import DataError
-from uml_fast.files import replace_file
+from uml_fast.runtime.files import replace_file
 
 ROWS = 50
 """T of the benchmark's files."""

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uml_fast import native
 from uml_fast.data.produce import Producers
 from uml_fast.data.source import Samples, Source
-from uml_fast.layout import Rules, Stream
-from uml_fast.pack import PADDING, Layout, PackedBatch, pack_samples
-from uml_fast.schedule import STATE_HEADER, STREAM_STATE, Deal, Planner, stream_key
-from uml_fast.trace import CAPACITY, Event, Trace
+from uml_fast.packing.layout import Rules, Stream
+from uml_fast.packing.pack import PADDING, Layout, PackedBatch, pack_samples
+from uml_fast.packing.schedule import STATE_HEADER, STREAM_STATE, Deal, Planner, stream_key
+from uml_fast.runtime import native
+from uml_fast.runtime.trace import CAPACITY, Event, Trace
 
 logger = logging.getLogger("uml_fast")
 

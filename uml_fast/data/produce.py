@@ -16,7 +16,7 @@ from typing import Any
 
 from uml_fast.data.reading import Reading, my_reading
 from uml_fast.data.source import Samples
-from uml_fast.trace import Trace
+from uml_fast.runtime.trace import Trace
 
 logger = logging.getLogger("uml_fast")
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from uml_fast.data.fetch import Wanted, fetch_all
 from uml_fast.data.source import DataError
-from uml_fast.files import cache_folder, replace_file
+from uml_fast.runtime.files import cache_folder, replace_file
 
 _REMOTE = re.compile(r"pipe:|(?!file:)[A-Za-z][A-Za-z0-9+.-]*://")
 

@@ -24,7 +24,7 @@ from uml_fast.data.open_files import OpenFiles
 from uml_fast.data.prepare.listing import SPLIT_NAMES
 from uml_fast.data.shard_index import ShardIndex, scan, scan_cached
 from uml_fast.data.source import DataError
-from uml_fast.files import sha256_of
+from uml_fast.runtime.files import sha256_of
 
 MANIFEST = "manifest.json"
 

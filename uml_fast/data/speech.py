@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from uml_fast.files import cache_folder
+from uml_fast.runtime.files import cache_folder
 
 _SYNCHRONOUS, _DONT_EXIT = 2, 0x8000
 _UTF8, _POSITION_CHARACTER = 1, 1

@@ -17,7 +17,7 @@ from uml_fast.data.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.encoders.extraction import Encoder
 from uml_fast.encoders.networks import freeze, transformers_config, transformers_network
-from uml_fast.foreign import import_transformers
+from uml_fast.runtime.foreign import import_transformers
 
 
 class AudioEncoder(Encoder):

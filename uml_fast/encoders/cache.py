@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from uml_fast.data.source import DataError
-from uml_fast.files import replace_file
 from uml_fast.grid.features import Features
+from uml_fast.runtime.files import replace_file
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -23,7 +23,7 @@ from uml_fast.data.decode import DecodeError
 from uml_fast.data.shards import ShardSet
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import Unfinished, fingerprint_of, is_stored, save_features
-from uml_fast.progress import StatusLine, duration
+from uml_fast.runtime.progress import StatusLine, duration
 
 _AHEAD = 3
 """Batches that are read before the one being encoded is done."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from uml_fast.data.source import DataError
-from uml_fast.foreign import import_timm, import_transformers
+from uml_fast.runtime.foreign import import_timm, import_transformers
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and standard deviation of CLIP's pixels, 0..1."""

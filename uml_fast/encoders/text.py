@@ -24,7 +24,7 @@ from uml_fast.encoders.networks import (
     transformers_config,
     transformers_network,
 )
-from uml_fast.foreign import import_transformers
+from uml_fast.runtime.foreign import import_transformers
 
 Pool = Literal["auto", "cls", "mean", "eot"]
 _MOST_TOKENS = 8192

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from uml_fast.data.source import DataError
-from uml_fast.files import replace_file
 from uml_fast.grid.run import GridCell
 from uml_fast.grid.train import CellResult
+from uml_fast.runtime.files import replace_file
 
 CELLS = "cells.jsonl"
 """File of a run folder with a line for every head that was trained."""

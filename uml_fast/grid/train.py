@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from uml_fast.config import require
-from uml_fast.device import resolve_device
 from uml_fast.grid.cells import Cell, HeadSchedule
 from uml_fast.grid.features import HeadData, few_shot, sample_order
 from uml_fast.grid.heads import Heads, Lesson
 from uml_fast.grid.stacked import StackedHeads
+from uml_fast.runtime.device import resolve_device
 
 _SLOTS = 32
 """Cells in training at a time: enough to keep the threads busy while single ones stop."""

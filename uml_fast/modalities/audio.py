@@ -16,7 +16,7 @@ from uml_fast.config import ModalityConfig, require
 from uml_fast.kernels.feature_stem import feature_stem
 from uml_fast.kernels.log_mel import log_mel
 from uml_fast.modalities.base import Modality
-from uml_fast.pack import RegionRows
+from uml_fast.packing.pack import RegionRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from uml_fast.config import ConfigError, ModalityConfig
 from uml_fast.kernels.next_embedding_loss import next_embedding_loss
-from uml_fast.pack import RegionRows
+from uml_fast.packing.pack import RegionRows
 
 
 class Linear(nn.Linear):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from uml_fast.config import ModalityConfig, require
 from uml_fast.kernels.feature_stem import feature_stem
 from uml_fast.modalities.base import Modality
-from uml_fast.pack import RegionRows
+from uml_fast.packing.pack import RegionRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class FeaturesConfig(ModalityConfig):
     """A sequence of float vectors, or one vector per sample."""
 
     size: int
-    """Features per row; 0: as many as the data has (``uml_fast.complete``)."""
+    """Features per row; 0: as many as the data has (``uml_fast.training.complete``)."""
     vector: bool = False
     """One row per sample: the self-supervised target is the row itself (paper 1.2, T = 1)."""
     standardise: bool = False

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from uml_fast.config import ModalityConfig, require
 from uml_fast.kernels.image_stem import image_stem
 from uml_fast.modalities.base import Modality
-from uml_fast.pack import RegionRows
+from uml_fast.packing.pack import RegionRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from uml_fast.config import ModalityConfig, require
 from uml_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from uml_fast.kernels.text_stem import text_stem
 from uml_fast.modalities.base import Modality
-from uml_fast.pack import RegionRows
+from uml_fast.packing.pack import RegionRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from uml_fast.pack import PackedBatch
+from uml_fast.packing.pack import PackedBatch
 
 
 class Backbone(nn.Module):

@@ -17,7 +17,7 @@ from uml_fast.kernels.feed_forward import feed_forward, up_width
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.modalities.base import Linear
 from uml_fast.model.positions import rotate
-from uml_fast.pack import PackedBatch
+from uml_fast.packing.pack import PackedBatch
 
 if TYPE_CHECKING:
     from uml_fast.model.transformer import TransformerConfig

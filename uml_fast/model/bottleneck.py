@@ -15,7 +15,7 @@ from uml_fast.config import BackboneConfig, require
 from uml_fast.kernels.segment_mean import segment_mean
 from uml_fast.modalities.base import Linear
 from uml_fast.model.backbone import Backbone
-from uml_fast.pack import PackedBatch
+from uml_fast.packing.pack import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

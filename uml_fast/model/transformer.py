@@ -23,7 +23,7 @@ from uml_fast.modalities.base import Linear
 from uml_fast.model.backbone import Backbone
 from uml_fast.model.blocks import Block, Dropout, add_norm_sum, build_norm, norm_rows
 from uml_fast.model.positions import rotations, sinusoids
-from uml_fast.pack import PackedBatch
+from uml_fast.packing.pack import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

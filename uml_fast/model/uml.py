@@ -16,9 +16,9 @@ from uml_fast.config import RunConfig, require
 from uml_fast.kernels.rng import site_key
 from uml_fast.modalities.base import Linear, Modality
 from uml_fast.model.head import SharedHead
-from uml_fast.pack import PackedBatch, RegionRows
-from uml_fast.profiling import phase
-from uml_fast.schedule import stream_key
+from uml_fast.packing.pack import PackedBatch, RegionRows
+from uml_fast.packing.schedule import stream_key
+from uml_fast.runtime.profiling import phase
 
 SHARED = ""
 """Name of the shared network where those of modalities have theirs."""
@@ -74,7 +74,10 @@ class Uml(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.width = config.backbone.width
-        require(self.width >= 1, "backbone.width is 0; uml_fast.complete.complete says what it is")
+        require(
+            self.width >= 1,
+            "backbone.width is 0; uml_fast.training.complete says what it is",
+        )
         decode = config.objective.kind == "next_embedding"
         # the parts that every mode has are drawn first, so that the trials of a seed share them
         self.backbone = config.backbone.build()

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from uml_fast.log import RunFolderError, read_metrics
 from uml_fast.report import analyses, sections, shots
 from uml_fast.report.probes import probe_section
 from uml_fast.report.sections import ReportError, escape, together, versions_of
 from uml_fast.report.table import beaten_by, metric_of, searched
+from uml_fast.training.log import RunFolderError, read_metrics
 
 
 def write_report(folder: Path) -> Path:

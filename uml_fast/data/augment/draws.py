@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from uml_fast.schedule import GOLDEN, hash64, mix64, stream_key
+from uml_fast.packing.schedule import GOLDEN, hash64, mix64, stream_key
 
 _MASK = (1 << 64) - 1
 

@@ -20,8 +20,8 @@ from uml_fast.data.prepare.writer import WORK, SplitWriter, clear, exclusive, re
 from uml_fast.data.shard_index import ShardIndex
 from uml_fast.data.shards import MANIFEST, read_manifest
 from uml_fast.data.source import DataError
-from uml_fast.files import replace_file
-from uml_fast.progress import StatusLine, duration
+from uml_fast.runtime.files import replace_file
+from uml_fast.runtime.progress import StatusLine, duration
 
 PROBLEMS = "problems.jsonl"
 

@@ -25,7 +25,7 @@ from uml_fast.data.shard_index import ShardIndex
 from uml_fast.data.shards import MANIFEST
 from uml_fast.data.source import DataError
 from uml_fast.data.tar import BLOCK, END, Member, dali_index, header, padded
-from uml_fast.files import replace_file, sha256_of
+from uml_fast.runtime.files import replace_file, sha256_of
 
 WORK = ".prepare"
 _OURS = re.compile(r"(\w+-\d{6}\.(tar|idx)|\w+\.index\.npz|manifest\.json|problems\.jsonl)(\.tmp)?")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uml_fast import native
 from uml_fast.kernels.rng import threshold
+from uml_fast.runtime import native
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 """Element types that the kernels take, and their numbers in csrc/cpu/kernels.h."""

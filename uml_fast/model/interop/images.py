@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from uml_fast.config import ConfigError, require
-from uml_fast.foreign import import_timm
 from uml_fast.kernels.feed_forward import Activation
 from uml_fast.modalities.image import ImageConfig
 from uml_fast.model.interop.names import Entry, dense, same, zeros
 from uml_fast.model.interop.network import Network, activation, pair
 from uml_fast.model.interop.stems import class_and_positions, patches, plain_positions
 from uml_fast.model.transformer import TransformerConfig
+from uml_fast.runtime.foreign import import_timm
 
 TIMM_IGNORED = r"head\..*|mask_token"
 TIMM_ACTIVATIONS: dict[str, Activation] = {

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from uml_fast.config import ConfigError, ModalityConfig, require
-from uml_fast.foreign import import_transformers
 from uml_fast.modalities.image import ImageConfig
 from uml_fast.model.interop.checkpoint import Checkpoint, open_checkpoint
 from uml_fast.model.interop.images import clip_vision, timm_network, transformers_vit
@@ -19,6 +18,7 @@ from uml_fast.model.interop.names import read_entries, without_prefix
 from uml_fast.model.interop.network import Network
 from uml_fast.model.interop.texts import bert, clip_text, gpt2, llama
 from uml_fast.model.transformer import TransformerConfig
+from uml_fast.runtime.foreign import import_transformers
 
 logger = logging.getLogger("uml_fast")
 

@@ -1,0 +1,1 @@
+"""Operations, memory and time of a step: counted, measured and predicted."""

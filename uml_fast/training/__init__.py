@@ -1,0 +1,1 @@
+"""One model from start to checkpoint: step, measurement, log, trial."""

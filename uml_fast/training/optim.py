@@ -1,0 +1,71 @@
+"""Optimiser, learning-rate schedule, and the optimiser's state as named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from uml_fast.config import OptimConfig
+from uml_fast.distributed.parallel import like
+
+RELEASED_FIRST_RATE = 1e-5
+"""Learning rate of step 0 in the authors' code, whatever the rate of the others."""
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Adam or AdamW, fused; matrices decay, vectors and position tables do not."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and not name.endswith("position")
+        (decayed if is_matrix else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
+    return kind([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+
+
+def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """Learning rate of step ``step`` (0-based) of ``steps``: linear warm-up, then the schedule."""
+    if config.schedule == "release":
+        return _released_rate(step, steps, config)
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _released_rate(step: int, steps: int, config: OptimConfig) -> float:
+    """The authors' schedule (PAPER 1.4), which falls behind step 0 where lr <= 5e-4."""
+    if step < config.warmup_steps:
+        return config.lr * step / config.warmup_steps if step else RELEASED_FIRST_RATE
+    done = (step - config.warmup_steps) / steps
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state as ``<parameter>/<key>`` tensors."""
+    out: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            out[f"{name}/{key}"] = value
+    return out
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Inverse of ``optimizer_tensors``; of shared parameters ``tensors`` has this rank's rows."""
+    by_name = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        name, key = full_name.rsplit("/", 1)
+        parameter = by_name[name]
+        copied = value.to(parameter.device, copy=True)
+        optimizer.state[parameter][key] = like(parameter, copied) if value.ndim else copied
