@@ -29,7 +29,7 @@ struct RegionRule {
   int64_t close = 0;
 };
 
-// How one layout is filled; fields as in uml_fast.packing.schedule.LayoutRule.
+// How one layout is filled; fields as in uml_fast.packing.layout.LayoutRule.
 struct LayoutRule {
   std::vector<RegionRule> regions;
   std::vector<int> order;
@@ -38,7 +38,7 @@ struct LayoutRule {
 
 enum class Policy { kJoint, kAlternate, kWarmup };
 
-// Everything the planner needs beside the streams; fields as in uml_fast.packing.schedule.Rules.
+// Everything the planner needs beside the streams; fields as in uml_fast.packing.layout.Rules.
 struct PlannerSpec {
   std::vector<StreamSpec> streams;
   std::vector<LayoutRule> layouts;
