@@ -23,7 +23,7 @@ from uml_fast.data.augment.audio import AudioAugment
 from uml_fast.data.augment.draws import Draws, visit_keys
 from uml_fast.data.augment.image import ImageAugment
 from uml_fast.data.augment.text import TextAugment
-from uml_fast.data.decode import decode_of
+from uml_fast.data.decoding.decode import decode_of
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.image import ImageConfig
 

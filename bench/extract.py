@@ -27,7 +27,7 @@ import torch
 
 from bench import harness
 from bench.loader_data import photos
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards.files import ShardSet
 from uml_fast.encoders.cache import load_features, save_features
 from uml_fast.encoders.extraction import extract
 from uml_fast.encoders.image import ImageEncoder

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.harness import ROOT
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards.files import ShardSet
 
 CLASSES = 10
 SHARDS = 8

@@ -24,12 +24,12 @@ from bench import loader_data
 from uml_fast.config import MixConfig, ModalityConfig
 from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import Backend, decode_of
-from uml_fast.data.direct import DirectImages
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.decoding.decode import Backend, decode_of
+from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.loading.loader import Loader, layouts_of
+from uml_fast.data.shards.direct import DirectImages
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.source import ShardSource
 from uml_fast.modalities.image import ImageConfig
 
 THREADS = 2

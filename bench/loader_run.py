@@ -136,7 +136,7 @@ def rss_mib() -> float:
 def memory() -> dict[str, Any]:
     """Memory after each of ``EPOCHS`` epochs of every source."""
     from uml_fast.config import MixConfig
-    from uml_fast.data.loader import Loader, layouts_of
+    from uml_fast.data.loading.loader import Loader, layouts_of
 
     folder, kind = loader_data.prepared_folders()
     config = config_of(**{m: str(folder / m) for m in MODALITIES})

@@ -31,7 +31,7 @@ from bench.plain import DEVICE
 from tests.plain_uml import PlainUml, adam, pad, uml_fast_state
 from uml_fast.analysis.probe import LinearProbe
 from uml_fast.config import RunConfig
-from uml_fast.data.loader import Loader
+from uml_fast.data.loading.loader import Loader
 from uml_fast.data.multibench_made import write_benchmark
 from uml_fast.data.source import Source, Task
 from uml_fast.model.transformer import multibench

@@ -96,7 +96,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=["webdataset", "dali"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """What decodes: each backend of ``uml_fast.data.decode``."""
+    """What decodes: each backend of ``uml_fast.data.decoding.decode``."""
     if request.param == "dali":
         pytest.importorskip("nvidia.dali", reason="pip install nvidia-dali-cuda130")
     return str(request.param)

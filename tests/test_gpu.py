@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import tiny, tiny_prediction
 from uml_fast.config import RunConfig
-from uml_fast.data.loader import Loader, layouts_of
+from uml_fast.data.loading.loader import Loader, layouts_of
 from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import PackedBatch, unpack_samples
 from uml_fast.training.step import TrainStep

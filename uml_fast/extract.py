@@ -15,13 +15,13 @@ from torch import Tensor
 
 from uml_fast.cli import run_main
 from uml_fast.config import require
-from uml_fast.data.decode import DecodeError, decode_of
+from uml_fast.data.decoding.decode import DecodeError, decode_of
+from uml_fast.data.decoding.rows import rows_of
 from uml_fast.data.prepare.items import Item
 from uml_fast.data.prepare.listing import SPLIT_NAMES, natural_order
 from uml_fast.data.prepare.tables import TextColumns
 from uml_fast.data.prepare.text import find_texts
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shards import ShardSet, splits_of
+from uml_fast.data.shards.files import ShardSet, splits_of
 from uml_fast.data.source import DataError, Source
 from uml_fast.encoders import image, text
 from uml_fast.encoders.audio import AudioEncoder

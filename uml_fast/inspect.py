@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from uml_fast.cli import run_main
-from uml_fast.data.lengths import UNITS
-from uml_fast.data.shards import ShardSet, manifest_folder, read_manifest
+from uml_fast.data.shards.files import ShardSet, manifest_folder, read_manifest
+from uml_fast.data.shards.lengths import UNITS
 from uml_fast.data.source import DataError
 
 _SHOWN_CLASSES = 20

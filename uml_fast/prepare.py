@@ -13,7 +13,6 @@ import tyro
 
 from uml_fast.cli import run_main
 from uml_fast.config import require
-from uml_fast.data.lengths import UNITS
 from uml_fast.data.prepare import arrays, audio, features, images, text
 from uml_fast.data.prepare.arrays import Names, find_arrays
 from uml_fast.data.prepare.build import PROBLEMS, Job, build
@@ -22,6 +21,7 @@ from uml_fast.data.prepare.items import Converter, Item
 from uml_fast.data.prepare.listing import Found, Listing, order
 from uml_fast.data.prepare.pool import usable_cores
 from uml_fast.data.prepare.tables import FileColumns, TextColumns
+from uml_fast.data.shards.lengths import UNITS
 
 _DESCRIPTION = """Make WebDataset shards with an index and a manifest of your own files.
 

@@ -27,7 +27,7 @@ from uml_fast.config import (
     OptimConfig,
 )
 from uml_fast.data.folders import FoldersConfig
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards.files import ShardSet
 from uml_fast.experiment.trained import load_model
 from uml_fast.modalities.image import ImageConfig
 from uml_fast.modalities.text import TextConfig

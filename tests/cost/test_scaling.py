@@ -9,7 +9,7 @@ import torch
 from uml_fast.config import ConfigError
 from uml_fast.cost.flops import training_flops, transformer_flops
 from uml_fast.cost.scaling import CHIPS, Cluster, Network, Stream, predict
-from uml_fast.data.loader import Loader, layouts_of
+from uml_fast.data.loading.loader import Loader, layouts_of
 from uml_fast.model.objective import losses, total
 from uml_fast.model.transformer import TransformerConfig, vit
 from uml_fast.plan import PlanConfig, describe, main, plan

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from uml_fast import prepare
-from uml_fast.data.shards import ShardSet, read_manifest
+from uml_fast.data.shards.files import ShardSet, read_manifest
 
 Image = pytest.importorskip("PIL.Image")
 soundfile = pytest.importorskip("soundfile")

@@ -19,8 +19,8 @@ from uml_fast.data.augment.draws import Draws, visit_keys
 from uml_fast.data.augment.image import ImageAugment, crop_box
 from uml_fast.data.augment.randaugment import OPERATIONS, randaugment
 from uml_fast.data.augment.text import TextAugment
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.rows import rows_of
+from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.loading.loader import Loader, layouts_of
 from uml_fast.data.source import Samples, in_memory
 from uml_fast.kernels.log_mel import log_mel
 from uml_fast.modalities.audio import AudioConfig

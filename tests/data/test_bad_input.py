@@ -17,13 +17,13 @@ from tests.data.made_files import image, run, sound, tar, write
 from tests.data.test_small_folders import config as run_of
 from uml_fast.config import MixConfig, ModalityConfig
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import Backend, decode_of
+from uml_fast.data.decoding.decode import Backend, decode_of
+from uml_fast.data.decoding.rows import rows_of
 from uml_fast.data.folders import FoldersConfig
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_index import ShardIndex
-from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.loading.loader import Loader, layouts_of
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.index import ShardIndex
+from uml_fast.data.shards.source import ShardSource
 from uml_fast.data.source import DataError, in_memory
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig

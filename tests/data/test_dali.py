@@ -19,12 +19,12 @@ from PIL import Image
 
 from tests.data import made_files
 from uml_fast.config import ConfigError, MixConfig, ModalityConfig
-from uml_fast.data.dali import Batched
-from uml_fast.data.decode import Decode, DecodeError, decode_of
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import DataErrors, ShardSource
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.decoding.dali import Batched
+from uml_fast.data.decoding.decode import Decode, DecodeError, decode_of
+from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.loading.loader import Loader, layouts_of
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.source import DataErrors, ShardSource
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig
 from uml_fast.modalities.image import ImageConfig

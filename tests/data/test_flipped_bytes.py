@@ -14,11 +14,11 @@ from tests.data.made_files import image, run, sound, tar, write
 from tests.data.test_bad_input import IMAGE, NUMBERS, SOUND, WORDS, array
 from uml_fast.config import MixConfig, ModalityConfig
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import Backend, decode_of
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.decoding.decode import Backend, decode_of
+from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.loading.loader import Loader, layouts_of
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.source import ShardSource
 from uml_fast.data.source import DataError, in_memory
 
 # of headers that numpy and Pillow find odd; turned into errors they would depend on the thread

@@ -12,12 +12,12 @@ import pytest
 from uml_fast.config import MixConfig
 from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import decode_of
-from uml_fast.data.direct import DirectImages
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.decoding.decode import decode_of
+from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.loading.loader import Loader, layouts_of
+from uml_fast.data.shards.direct import DirectImages
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.source import ShardSource
 from uml_fast.modalities.image import ImageConfig, from_patches
 from uml_fast.prepare import Images, build
 from uml_fast.runtime import native

@@ -13,11 +13,11 @@ import soundfile
 from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.augment.audio import AudioAugment
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import DecodeError, decode_of
-from uml_fast.data.kept import Room
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.decoding.decode import DecodeError, decode_of
+from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.kept import Room
+from uml_fast.data.shards.source import ShardSource
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.prepare import Audio, build
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from uml_fast.config import ConfigError, MixConfig
-from uml_fast.data.loader import Loader, iterate_once, layouts_of, streams_of
+from uml_fast.data.loading.loader import Loader, iterate_once, layouts_of, streams_of
 from uml_fast.data.source import Source
 from uml_fast.packing.pack import PackedBatch, pack_samples, unpack_samples
 from uml_fast.packing.schedule import Planner

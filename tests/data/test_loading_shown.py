@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.test_produce import MIX, SOURCES, Lazy
-from uml_fast.data.loader import Loader, layouts_of, look_ahead
+from uml_fast.data.loading.loader import Loader, layouts_of, look_ahead
 from uml_fast.experiment.summary import throughput
 from uml_fast.packing.pack import Layout, Region
 from uml_fast.report.sections import throughput as shown

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.data.made_files import tar
-from uml_fast.data import open_files
-from uml_fast.data.open_files import OpenFiles
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards import open_files
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.open_files import OpenFiles
 
 
 @pytest.fixture

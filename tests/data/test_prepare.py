@@ -28,7 +28,7 @@ from uml_fast.data.prepare.features import FeatureConverter
 from uml_fast.data.prepare.images import ImageConverter
 from uml_fast.data.prepare.items import Item, Moments, Problem, Sample
 from uml_fast.data.prepare.listing import natural_order, parse_split
-from uml_fast.data.shards import ShardSet, read_manifest
+from uml_fast.data.shards.files import ShardSet, read_manifest
 from uml_fast.data.source import DataError
 
 PIL_Image = pytest.importorskip("PIL.Image")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.data.made_files import ALL, SKIP, problems, run, samples, sound, soundfile, write
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards.files import ShardSet
 from uml_fast.data.source import DataError
 
 

@@ -18,7 +18,7 @@ from hypothesis.extra import numpy as hnp
 from tests.data.made_files import ALL, SKIP, problems, run, samples
 from uml_fast.data.prepare import restricted
 from uml_fast.data.prepare.restricted import load_arrays
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards.files import ShardSet
 from uml_fast.data.source import DataError
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.data.made_files import run, samples
 from uml_fast import cli
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards.files import ShardSet
 
 soundfile = pytest.importorskip("soundfile")
 ROOT = Path(__file__).parents[2]

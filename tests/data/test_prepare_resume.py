@@ -20,7 +20,7 @@ from uml_fast import cli, prepare
 from uml_fast.data.prepare import pool
 from uml_fast.data.prepare.build import build
 from uml_fast.data.prepare.items import Converter, Item, Sample
-from uml_fast.data.shards import read_manifest
+from uml_fast.data.shards.files import read_manifest
 from uml_fast.data.source import DataError
 from uml_fast.runtime import progress
 

@@ -11,10 +11,10 @@ import pytest
 from tests.data.made_files import ALL, problems, run, samples, write
 from uml_fast.config import ConfigError
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import decode_of
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet, read_manifest
+from uml_fast.data.decoding.decode import decode_of
+from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.shards.files import ShardSet, read_manifest
+from uml_fast.data.shards.source import ShardSource
 from uml_fast.data.source import DataError
 from uml_fast.modalities.text import TextConfig
 from uml_fast.prepare import Tokens

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from uml_fast.config import MixConfig
-from uml_fast.data.loader import Loader, layouts_of
+from uml_fast.data.loading.loader import Loader, layouts_of
 from uml_fast.data.source import DataError, Samples, Source
 from uml_fast.packing.pack import PADDING, PackedBatch
 
@@ -112,7 +112,7 @@ class Visits(Lazy):
 
 @pytest.mark.native
 def test_a_source_is_told_the_epoch_of_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("uml_fast.data.packs._JOB_BYTES", 24)
+    monkeypatch.setattr("uml_fast.data.loading.packs._JOB_BYTES", 24)
     visits = tuple(Visits(s, delay_s=0.001) for s in SOURCES)
     got = packs(visits, threads=3)
     for m in range(2):

@@ -15,8 +15,8 @@ import pytest
 from tests.data.http_folder import serving
 from tests.data.made_files import contents, image, image_folder, run, tar
 from uml_fast import cli
-from uml_fast.data import fetch, remote
-from uml_fast.data.shards import ShardSet, splits_of
+from uml_fast.data.shards import fetch, remote
+from uml_fast.data.shards.files import ShardSet, splits_of
 from uml_fast.data.source import DataError
 
 OPTIONS = ("--split", "train=0.7,test=0.3", "--shard-size-mib", "0.005")

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.made_files import contents, image, image_folder, run, sound, tar
-from uml_fast.data import shard_index
-from uml_fast.data.shard_index import ShardIndex, scan
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards import index as shard_index
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.index import ShardIndex, scan
+from uml_fast.data.shards.tar import END, Member, dali_index, header, members, padded
 from uml_fast.data.source import DataError
-from uml_fast.data.tar import END, Member, dali_index, header, members, padded
 
 NAMES = st.text("abcxyz0189_-/", min_size=1, max_size=70).map(
     lambda s: "k" + s.replace("//", "/").strip("/")

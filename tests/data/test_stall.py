@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from tests.data.test_produce import MIX, SOURCES, Lazy
-from uml_fast.data import packs, produce
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.reading import my_reading
+from uml_fast.data.loading import packs, produce
+from uml_fast.data.loading.loader import Loader, layouts_of
+from uml_fast.data.loading.reading import my_reading
 from uml_fast.data.source import Source
 
 pytestmark = pytest.mark.native
@@ -159,8 +159,8 @@ import signal, sys, threading, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.data.test_produce import MIX, SOURCES, Lazy
 from tests.data.test_stall import LAYOUTS, Stuck
-from uml_fast.data import produce
-from uml_fast.data.loader import Loader
+from uml_fast.data.loading import produce
+from uml_fast.data.loading.loader import Loader
 produce._CLOSE_S = 0.2
 kind, how = sys.argv[1:]
 source = {"slow": Lazy(SOURCES[1], delay_s=0.05), "stuck": Stuck(SOURCES[1], at=6)}[kind]

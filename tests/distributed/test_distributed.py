@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed.on_ranks import run_ranks
 from tests.tiny import tiny, tiny_prediction
 from uml_fast.config import DistConfig, OptimConfig, RunConfig
-from uml_fast.data.packs import assemble
+from uml_fast.data.loading.packs import assemble
 from uml_fast.distributed.parallel import local
 from uml_fast.distributed.ranks import ALONE, Ranks, RanksError, join_ranks
 from uml_fast.packing.pack import Layout, PackedBatch, Region

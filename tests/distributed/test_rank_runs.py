@@ -18,7 +18,7 @@ from tests.distributed.on_ranks import end_ranks, run_ranks, start_ranks
 from tests.tiny import tiny
 from uml_fast import cli, train
 from uml_fast.config import DistConfig, OptimConfig, RunConfig
-from uml_fast.data.loader import Loader
+from uml_fast.data.loading.loader import Loader
 from uml_fast.data.source import DataError
 from uml_fast.experiment.trained import load_model
 from uml_fast.packing.pack import PackedBatch

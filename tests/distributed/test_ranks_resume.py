@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from uml_fast.data.loader import streams_of
+from uml_fast.data.loading.loader import streams_of
 from uml_fast.experiment.run import read_config
 from uml_fast.packing.resume import left_over
 from uml_fast.prepare import main as prepare

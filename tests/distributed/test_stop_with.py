@@ -11,7 +11,7 @@ import pytest
 from tests.tiny import tiny
 from uml_fast import train
 from uml_fast.config import ConfigError, MixConfig, RunConfig
-from uml_fast.data.loader import Loader
+from uml_fast.data.loading.loader import Loader
 from uml_fast.training.trial import Trial
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards.files import ShardSet
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import Unfinished, is_stored, load_features, save_features
 from uml_fast.prepare import main

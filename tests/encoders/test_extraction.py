@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from uml_fast.data.decode import DecodeError
+from uml_fast.data.decoding.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import load_features
 from uml_fast.encoders.extraction import Encoder, Sentences, extract

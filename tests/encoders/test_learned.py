@@ -11,7 +11,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from uml_fast.data.decode import DecodeError
+from uml_fast.data.decoding.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import load_features
 from uml_fast.encoders.extraction import Sentences

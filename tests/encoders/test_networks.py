@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.encoders import local_models
 from tests.encoders.local_models import smooth_pixels, transformers
-from uml_fast.data.decode import DecodeError
+from uml_fast.data.decoding.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.encoders.audio import AudioEncoder
 from uml_fast.encoders.image import ImageEncoder, crop

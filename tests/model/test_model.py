@@ -14,7 +14,7 @@ import torch
 from tests.tiny import tiny, tiny_prediction
 from uml_fast import train
 from uml_fast.config import ConfigError, MixConfig, ObjectiveConfig, OptimConfig, RunConfig
-from uml_fast.data.loader import layouts_of
+from uml_fast.data.loading.loader import layouts_of
 from uml_fast.model.head import SharedHead
 from uml_fast.model.objective import losses, total
 from uml_fast.model.positions import sinusoids

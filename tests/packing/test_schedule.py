@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uml_fast.config import ConfigError, MixConfig
-from uml_fast.data.packs import planner_args
+from uml_fast.data.loading.packs import planner_args
 from uml_fast.packing.layout import bucket, make_rules
 from uml_fast.packing.pack import padding_slots
 from uml_fast.packing.schedule import (

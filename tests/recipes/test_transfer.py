@@ -18,7 +18,7 @@ from tests.model.foreign_models import IMAGE, TEXT, save_timm, shake, transforme
 from uml_fast import export, train
 from uml_fast.cli import parse
 from uml_fast.config import ConfigError, RunConfig
-from uml_fast.data.loader import Loader
+from uml_fast.data.loading.loader import Loader
 from uml_fast.model.interop.load import load_pretrained
 from uml_fast.model.transformer import TransformerConfig
 from uml_fast.model.uml import Uml

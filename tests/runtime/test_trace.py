@@ -16,7 +16,7 @@ from tests.data.test_produce import MIX, SOURCES, Lazy
 from tests.tiny import tiny
 from uml_fast import train
 from uml_fast.config import RunConfig
-from uml_fast.data.loader import Loader, layouts_of
+from uml_fast.data.loading.loader import Loader, layouts_of
 from uml_fast.runtime import native
 from uml_fast.runtime.trace import CAPACITY, Event, Trace, chrome_trace, span
 from uml_fast.training.step import TrainStep

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uml_fast.config import ConfigError, MixConfig
-from uml_fast.data.loader import Loader, layouts_of
-from uml_fast.data.packs import planner_args
+from uml_fast.data.loading.loader import Loader, layouts_of
+from uml_fast.data.loading.packs import planner_args
 from uml_fast.data.source import Source
 from uml_fast.packing.layout import Stream, make_layouts, make_rules
 from uml_fast.packing.pack import Layout

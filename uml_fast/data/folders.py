@@ -11,14 +11,14 @@ import numpy as np
 from uml_fast.config import ConfigError, DataConfig, ModalityConfig, RunConfig, require
 from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
-from uml_fast.data.decode import Backend, decode_of
-from uml_fast.data.direct import DirectImages
+from uml_fast.data.decoding.decode import Backend, decode_of
+from uml_fast.data.decoding.rows import rows_of
 from uml_fast.data.held_out import hold_out
-from uml_fast.data.kept import Room
-from uml_fast.data.lengths import npy_shape
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet, splits_of
+from uml_fast.data.shards.direct import DirectImages
+from uml_fast.data.shards.files import ShardSet, splits_of
+from uml_fast.data.shards.kept import Room
+from uml_fast.data.shards.lengths import npy_shape
+from uml_fast.data.shards.source import ShardSource
 from uml_fast.data.source import DataError, Source, Task, for_evaluation, say_once
 from uml_fast.modalities.image import ImageConfig
 

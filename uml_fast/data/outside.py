@@ -11,10 +11,10 @@ import numpy as np
 from uml_fast.config import ModalityConfig
 from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import decode_of
-from uml_fast.data.rows import rows_of
-from uml_fast.data.shard_source import ShardSource
-from uml_fast.data.shards import ShardSet, splits_of
+from uml_fast.data.decoding.decode import decode_of
+from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.shards.files import ShardSet, splits_of
+from uml_fast.data.shards.source import ShardSource
 from uml_fast.data.source import DataError, Source, for_evaluation
 
 MAX_ERRORS = 100

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uml_fast.data.decode import DecodeError
+from uml_fast.data.decoding.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.encoders.extraction import Encoder
 from uml_fast.encoders.networks import freeze, transformers_config, transformers_network

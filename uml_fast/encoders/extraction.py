@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import DecodeError
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.decoding.decode import DecodeError
+from uml_fast.data.shards.files import ShardSet
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import Unfinished, fingerprint_of, is_stored, save_features
 from uml_fast.runtime.progress import StatusLine, duration

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from uml_fast.data.decode import DecodeError, decode_of
+from uml_fast.data.decoding.decode import DecodeError, decode_of
 from uml_fast.data.prepare.pool import usable_cores
 from uml_fast.data.source import DataError
 from uml_fast.encoders.extraction import Encoder

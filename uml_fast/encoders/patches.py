@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uml_fast.data.decode import DecodeError, decode_of
+from uml_fast.data.decoding.decode import DecodeError, decode_of
 from uml_fast.data.source import DataError
 from uml_fast.encoders.extraction import Encoder, Stored, data_facts
 from uml_fast.modalities.image import ImageConfig

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uml_fast.data.decode import DecodeError, decode_of
+from uml_fast.data.decoding.decode import DecodeError, decode_of
 from uml_fast.data.source import DataError
 from uml_fast.encoders.extraction import Encoder
 from uml_fast.modalities.features import FeaturesConfig

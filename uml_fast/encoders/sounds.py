@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uml_fast.data.decode import DecodeError, decode_of
+from uml_fast.data.decoding.decode import DecodeError, decode_of
 from uml_fast.encoders.extraction import Encoder
 from uml_fast.kernels.log_mel import log_mel
 from uml_fast.modalities.audio import AudioConfig, to_rows

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from uml_fast.data.decode import DecodeError
+from uml_fast.data.decoding.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.encoders.extraction import Encoder
 from uml_fast.encoders.networks import (

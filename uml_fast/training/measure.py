@@ -14,7 +14,7 @@ from torch import Tensor
 
 from uml_fast.analysis.probe import LinearProbe
 from uml_fast.config import MixConfig, RunConfig
-from uml_fast.data.loader import iterate_once, layouts_of
+from uml_fast.data.loading.loader import iterate_once, layouts_of
 from uml_fast.data.source import Samples, Task, for_evaluation
 from uml_fast.model.compat import release_batches
 from uml_fast.model.objective import losses

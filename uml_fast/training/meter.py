@@ -16,7 +16,7 @@ from uml_fast.cost.flops import (
     training_flops,
     transformer_flops,
 )
-from uml_fast.data.loader import Loader
+from uml_fast.data.loading.loader import Loader
 from uml_fast.data.source import Samples
 from uml_fast.model.transformer import TransformerConfig
 from uml_fast.model.uml import Uml

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from uml_fast.config import RunConfig
-from uml_fast.data.loader import Loader
+from uml_fast.data.loading.loader import Loader
 from uml_fast.distributed.parallel import choose, like, local, whole
 from uml_fast.distributed.ranks import ALONE, Ranks
 from uml_fast.distributed.watch import Watch

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from uml_fast.data.lengths import npy_header
 from uml_fast.data.prepare.items import Item, Problem
 from uml_fast.data.prepare.listing import SPLIT_NAMES, Found
 from uml_fast.data.prepare.restricted import load_arrays
+from uml_fast.data.shards.lengths import npy_header
 from uml_fast.data.source import DataError
 
 PICKLES = (".pkl", ".pickle", ".p")

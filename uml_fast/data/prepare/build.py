@@ -17,8 +17,8 @@ from uml_fast.data.prepare.listing import Listing
 from uml_fast.data.prepare.manifest import FORMAT, manifest, versions
 from uml_fast.data.prepare.pool import convert_all
 from uml_fast.data.prepare.writer import WORK, SplitWriter, clear, exclusive, remove_work
-from uml_fast.data.shard_index import ShardIndex
-from uml_fast.data.shards import MANIFEST, read_manifest
+from uml_fast.data.shards.files import MANIFEST, read_manifest
+from uml_fast.data.shards.index import ShardIndex
 from uml_fast.data.source import DataError
 from uml_fast.runtime.files import replace_file
 from uml_fast.runtime.progress import StatusLine, duration

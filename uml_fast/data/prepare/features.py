@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uml_fast.data.lengths import npy_shape
 from uml_fast.data.prepare.items import BadSample, Converter, Item, Moments, Sample
+from uml_fast.data.shards.lengths import npy_shape
 from uml_fast.data.source import DataError, reason
 
 EXTENSIONS = (".npy",)

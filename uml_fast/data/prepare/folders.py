@@ -10,8 +10,8 @@ from pathlib import Path
 from uml_fast.data.prepare.items import Item, Problem
 from uml_fast.data.prepare.listing import SPLIT_NAMES, Found
 from uml_fast.data.prepare.tables import FileColumns, Table, column, read_table
+from uml_fast.data.shards.tar import members
 from uml_fast.data.source import DataError
-from uml_fast.data.tar import members
 
 TABLES = (".csv", ".tsv")
 _LITTER = {"Thumbs.db", "desktop.ini", "__MACOSX"}

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 import uml_fast
-from uml_fast.data.lengths import UNITS
 from uml_fast.data.prepare.items import Moments, Problem
 from uml_fast.data.prepare.writer import Shard
-from uml_fast.data.shard_index import ShardIndex
+from uml_fast.data.shards.index import ShardIndex
+from uml_fast.data.shards.lengths import UNITS
 
 FORMAT = 1
 """Raised when what is written changes."""

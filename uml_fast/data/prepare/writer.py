@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from uml_fast.data.prepare.items import Moments, Problem, Sample
-from uml_fast.data.shard_index import ShardIndex
-from uml_fast.data.shards import MANIFEST
+from uml_fast.data.shards.files import MANIFEST
+from uml_fast.data.shards.index import ShardIndex
+from uml_fast.data.shards.tar import BLOCK, END, Member, dali_index, header, padded
 from uml_fast.data.source import DataError
-from uml_fast.data.tar import BLOCK, END, Member, dali_index, header, padded
 from uml_fast.runtime.files import replace_file, sha256_of
 
 WORK = ".prepare"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uml_fast.data.produce import Producers
+from uml_fast.data.loading.produce import Producers
 from uml_fast.data.source import Samples, Source
 from uml_fast.packing.layout import Rules, Stream
 from uml_fast.packing.pack import PADDING, Layout, PackedBatch, pack_samples

@@ -28,7 +28,7 @@ from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.image import ImageConfig
 
 if TYPE_CHECKING:
-    from uml_fast.data.decode import Decode, DecodeError
+    from uml_fast.data.decoding.decode import Decode, DecodeError
 
 _LOG = logging.getLogger("uml_fast")
 _BATCH = 256

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from uml_fast.data.lengths import KINDS, UNITS, length_of
+from uml_fast.data.shards.lengths import KINDS, UNITS, length_of
+from uml_fast.data.shards.tar import Member, members, split_name
 from uml_fast.data.source import DataError
-from uml_fast.data.tar import Member, members, split_name
 from uml_fast.runtime.files import cache_folder, replace_file
 
 _PRIORITY = {extension: rank for rank, extension in enumerate(KINDS)}

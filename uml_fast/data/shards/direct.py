@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.shards.files import ShardSet
 from uml_fast.modalities.image import ImageConfig
 from uml_fast.runtime import native
 

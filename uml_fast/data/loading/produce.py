@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from uml_fast.data.reading import Reading, my_reading
+from uml_fast.data.loading.reading import Reading, my_reading
 from uml_fast.data.source import Samples
 from uml_fast.runtime.trace import Trace
 

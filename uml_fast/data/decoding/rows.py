@@ -17,7 +17,7 @@ from uml_fast.data.augment.audio import AudioAugment
 from uml_fast.data.augment.draws import Draws
 from uml_fast.data.augment.image import ImageAugment, fitted
 from uml_fast.data.augment.text import TextAugment
-from uml_fast.data.decode import DecodeError
+from uml_fast.data.decoding.decode import DecodeError
 from uml_fast.data.source import DataError
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig

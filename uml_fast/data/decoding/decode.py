@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from uml_fast.config import ModalityConfig
-from uml_fast.data.lengths import npy_layout
+from uml_fast.data.shards.lengths import npy_layout
 from uml_fast.data.source import DataError, reason
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig
@@ -72,7 +72,7 @@ def decode_of(config: ModalityConfig, backend: Backend = "webdataset") -> Decode
     plain = _one_by_one(config)
     if backend == "webdataset":
         return plain
-    from uml_fast.data.dali import batched
+    from uml_fast.data.decoding.dali import batched
 
     return batched(config, plain, on_gpu=backend == "dali_gpu")
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from uml_fast.data import remote
-from uml_fast.data.lengths import UNITS
-from uml_fast.data.open_files import OpenFiles
 from uml_fast.data.prepare.listing import SPLIT_NAMES
-from uml_fast.data.shard_index import ShardIndex, scan, scan_cached
+from uml_fast.data.shards import remote
+from uml_fast.data.shards.index import ShardIndex, scan, scan_cached
+from uml_fast.data.shards.lengths import UNITS
+from uml_fast.data.shards.open_files import OpenFiles
 from uml_fast.data.source import DataError
 from uml_fast.runtime.files import sha256_of
 

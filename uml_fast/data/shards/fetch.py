@@ -23,8 +23,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, NamedTuple
 
+from uml_fast.data.shards.tar import members
 from uml_fast.data.source import DataError
-from uml_fast.data.tar import members
 from uml_fast.runtime.files import sha256_of
 from uml_fast.runtime.progress import StatusLine, duration
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from uml_fast.data.augment.draws import Draws, visit_keys
 from uml_fast.data.data_errors import DataErrors
-from uml_fast.data.decode import Decode, DecodeError
-from uml_fast.data.direct import DirectImages
-from uml_fast.data.kept import Kept, Room
-from uml_fast.data.reading import my_reading
-from uml_fast.data.rows import Rows
-from uml_fast.data.shards import ShardSet
+from uml_fast.data.decoding.decode import Decode, DecodeError
+from uml_fast.data.decoding.rows import Rows
+from uml_fast.data.loading.reading import my_reading
+from uml_fast.data.shards.direct import DirectImages
+from uml_fast.data.shards.files import ShardSet
+from uml_fast.data.shards.kept import Kept, Room
 from uml_fast.data.source import DataError, Lengths
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from uml_fast.config import MixConfig, require
-from uml_fast.data.packs import NativePacks, Packs, ReferencePacks, assemble, planner_args
-from uml_fast.data.produce import reader_count
+from uml_fast.data.loading.packs import NativePacks, Packs, ReferencePacks, assemble, planner_args
+from uml_fast.data.loading.produce import reader_count
 from uml_fast.data.source import Samples
 from uml_fast.packing.layout import Stream, make_layouts, make_rules
 from uml_fast.packing.pack import Layout, PackedBatch

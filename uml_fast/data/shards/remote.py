@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from uml_fast.data.fetch import Wanted, fetch_all
+from uml_fast.data.shards.fetch import Wanted, fetch_all
 from uml_fast.data.source import DataError
 from uml_fast.runtime.files import cache_folder, replace_file
 

@@ -1,0 +1,1 @@
+"""Packs, filled ahead of the step."""

@@ -1,0 +1,1 @@
+"""Shards: tar files with an index, here or elsewhere, and the samples in them."""
