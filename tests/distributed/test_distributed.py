@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.distributed.on_ranks import run_ranks
+from tests.model.test_encoder import network, own_networks
 from tests.tiny import tiny, tiny_prediction
 from uml_fast.config import DistConfig, OptimConfig, RunConfig
 from uml_fast.data.loading.packs import assemble
@@ -27,14 +29,37 @@ SAMPLES = 12
 """Samples of each modality in the global batch."""
 
 
+def thawing() -> RunConfig:
+    """Networks of their own for images and texts; the images' and the shared one thaw."""
+    config = own_networks(backbone=network(35, heads=5, layers=2, freeze=True, unfreeze_at=1))
+    image, audio, text, features = config.modalities
+    image = dataclasses.replace(image, encoder=network(24, layers=2, freeze=True, unfreeze_at=2))
+    return dataclasses.replace(config, modalities=(image, audio, text, features))
+
+
+def deaf() -> RunConfig:
+    """Nothing in front of the shared network is trained but the stem of the sounds."""
+    image, audio, text, features = own_networks().modalities
+    frozen = network(35, heads=5, freeze=True)
+    text = dataclasses.replace(text, encoder=frozen)
+    return own_networks(
+        modalities=(dataclasses.replace(image, encoder=frozen), audio, text, features)
+    )
+
+
 def step_config(kind: str, clip: float = 0.5) -> RunConfig:
-    config = {"classification": tiny, "next_embedding": tiny_prediction}[kind]()
+    config = {
+        "classification": tiny, "next_embedding": tiny_prediction, "thawing": thawing, "deaf": deaf
+    }[kind]()  # fmt: skip
     return dataclasses.replace(
         config,
         backbone=dataclasses.replace(config.backbone, dropout=0.0),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, clip_norm=clip),
         modalities=tuple(
-            dataclasses.replace(m, weight=1.0 + k) for k, m in enumerate(config.modalities)
+            dataclasses.replace(
+                m, weight=1.0 + k, encoder=m.encoder and dataclasses.replace(m.encoder, dropout=0.0)
+            )
+            for k, m in enumerate(config.modalities)
         ),
         precision="fp32",
     )
@@ -80,6 +105,10 @@ CASES = (
     ("classification", "modalities", DistConfig(strategy="fsdp"), 50),
     ("next_embedding", "modalities", DistConfig(strategy="fsdp"), 3),
     ("next_embedding", "samples", DistConfig(strategy="fsdp", shard_ranks=2), 3),
+    ("deaf", "modalities", DistConfig(strategy="fsdp"), 2),
+    ("thawing", "modalities", DistConfig(strategy="ddp"), 4),
+    ("thawing", "samples", DistConfig(strategy="fsdp"), 4),
+    ("thawing", "modalities", DistConfig(strategy="fsdp", shard_ranks=2), 4),
 )
 """Objective, what each rank has of the batch, how ranks hold the model, steps."""
 
@@ -106,15 +135,32 @@ def train_on(
     )
 
 
-def train_all() -> list[Any]:
+def train_all(cases: Sequence[tuple[str, str, DistConfig, int]]) -> list[Any]:
     with join_ranks("cpu", timeout_s=60) as ranks:
-        return [train_on(ranks, *case) for case in CASES]
+        return [train_on(ranks, *case) for case in cases]
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_same_global_batch_gives_the_same_loss(world: int, tmp_path: Path) -> None:
-    found = run_ranks(train_all, world, tmp_path / "log")
-    for case, *results in zip(CASES, *found, strict=True):
+    check_alike(world, CASES, tmp_path / "log")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_strategy_gives_the_same_loss_after_50_steps(world: int, tmp_path: Path) -> None:
+    ways = [
+        DistConfig(strategy="ddp"), DistConfig(strategy="fsdp"),
+        DistConfig(strategy="fsdp", shard_ranks=2),
+    ]  # fmt: skip
+    kinds, splits = ("classification", "next_embedding", "thawing"), ("samples", "modalities")
+    cases = [(kind, split, way, 50) for kind in kinds for split in splits for way in ways]
+    check_alike(world, cases, tmp_path / "log")
+
+
+def check_alike(world: int, cases: Sequence[tuple[str, str, DistConfig, int]], log: Path) -> None:
+    """Check that ranks have the losses and weights of one process on the same global batches."""
+    found = run_ranks(train_all, world, log, cases, timeout_s=600)
+    for case, *results in zip(cases, *found, strict=True):
         losses, parts, weights = train_on(ALONE, *case)
         for other_losses, other_parts, other_weights in results:
             assert other_losses == results[0][0]

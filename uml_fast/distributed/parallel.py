@@ -45,7 +45,7 @@ class _Touch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *parameters: Tensor) -> Tensor:
         ctx.likes = [(p.shape, p.dtype, p.device) for p in parameters]
-        return loss.view_as(loss)
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
@@ -64,11 +64,13 @@ class Losses(nn.Module):
         """Whether parameters that a pack does not need get zeros as gradient."""
         self.factor = 1.0
         """What the weighted loss is multiplied with, so that gradients come out as sums."""
-        self.always = frozenset[str]()
-        """Names of parameters that every pack needs."""
+        self.in_units = frozenset[str]()
+        """Names of the parameters of FSDP's units, of which every pack runs all."""
         self.unused: dict[tuple[Layout, frozenset[str]], frozenset[str]] = {}
         """Names of the trained parameters that a pack does not need, by its layout and what is
         frozen."""
+        self._cut: dict[tuple[Layout, frozenset[str]], list[str]] = {}
+        """Those of them that its losses do not depend on; networks run on padding are apart."""
 
     def forward(self, batch: PackedBatch, rng_key: Tensor) -> Parts:
         """The losses of the pack, one fp32 scalar for each modality."""
@@ -77,14 +79,16 @@ class Losses(nn.Module):
             return parts
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         program = batch.layout, self.model.frozen
-        unused = self.unused.get(program)
-        if unused is None:
+        if program not in self.unused:
             used = _leaves(parts.values())
-            unused = frozenset(n for n, p in trained.items() if id(p) not in used) - self.always
-            self.unused[program] = unused
-        if unused:
+            cut = frozenset(n for n, p in trained.items() if id(p) not in used) - self.in_units
+            self._cut[program] = sorted(cut)
+            idle = set(self.model.encoders) - {region.name for region in batch.layout.regions}
+            padded = tuple(f"{p}.{name}." for name in idle for p in ("encoders", "projections"))
+            self.unused[program] = cut | {n for n in trained if n.startswith(padded)}
+        if touched := [trained[name] for name in self._cut[program]]:
             name, loss = next((n, x) for n, x in parts.items() if x.requires_grad)
-            parts = parts | {name: _Touch.apply(loss, *(trained[n] for n in sorted(unused)))}
+            parts = parts | {name: _Touch.apply(loss, *touched)}
         return parts
 
 
@@ -139,10 +143,7 @@ def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.de
     if ranks.world == 1:
         return losses
     if isinstance(losses, FSDPModule):
-        raise ConfigError(
-            "networks that are frozen or trained from some step on need whole models: FSDP has "
-            "fixed what is trained when it cut them. Use --dist.strategy ddp"
-        )
+        return losses  # it gathers gradients of what is trained when it runs
     losses.touches = True
     if strategy == "ddp":
         losses.factor = float(ranks.world)  # DDP takes the mean
@@ -152,9 +153,11 @@ def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.de
             "compile needs whole models: FSDP gathers weights between the blocks. Use "
             "--dist.strategy ddp, or no --compile"
         )
-    units = losses.model.backbone.units()
+    model = losses.model
+    model.is_sharded = True
+    units = model.units()
     inside = {id(p) for unit in units for p in unit.parameters()}
-    losses.always = frozenset(n for n, p in losses.model.named_parameters() if id(p) in inside)
+    losses.in_units = frozenset(n for n, p in model.named_parameters() if id(p) in inside)
     mesh = _mesh(config.dist, ranks, device)
     for unit in units:
         fully_shard(unit, mesh=mesh)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from uml_fast.config import RunConfig, require
 from uml_fast.kernels.rng import site_key
 from uml_fast.modalities.base import Linear, Modality
+from uml_fast.model.backbone import Backbone
 from uml_fast.model.head import SharedHead
 from uml_fast.packing.pack import PackedBatch, RegionRows
 from uml_fast.packing.schedule import stream_key
@@ -68,6 +69,9 @@ class Uml(nn.Module):
 
     frozen: frozenset[str] = frozenset()
     """Names of the networks that are not trained now: modalities, ``SHARED``."""
+    is_sharded = False
+    """Whether ranks hold the networks in shards, so that to run one gathers its weights from all.
+    Then every pack runs all of them, forward and back, in one order."""
 
     def __init__(self, config: RunConfig, dtype: torch.dtype = torch.float32) -> None:
         """Build with freshly drawn fp32 weights; ``dtype`` is that of the matrix products."""
@@ -115,6 +119,11 @@ class Uml(nn.Module):
         assert isinstance(found, Modality)
         return found
 
+    def units(self) -> tuple[nn.Module, ...]:
+        """Parts of the networks that FSDP cuts each for itself."""
+        networks = [n for n in self.modules() if isinstance(n, Backbone)]
+        return tuple(unit for network in networks for unit in network.units())
+
     def freeze_for(self, step: int) -> None:
         """Freeze the networks that step ``step`` leaves as they are, and no other."""
         frozen = frozenset(n for n, config in self._networks.items() if config.is_frozen(step))
@@ -143,33 +152,58 @@ class Uml(nn.Module):
             for stem, rows in zip(stems, regions, strict=True)
         )
         if self.encoders or self.led:
-            parts = enumerate(zip(stems, regions, features, strict=True))
-            tokens_TD = torch.cat([self._encode(batch, i, *part, rng_key) for i, part in parts])
             names = [r.name for r in batch.layout.regions]
+            parts: dict[str, Tensor] = {}
+            for name in self.modalities:
+                if name in names:
+                    i = names.index(name)
+                    parts[name] = self._encode(
+                        stems[i], batch.alone(i), regions[i], features[i], rng_key
+                    )
+                elif self.is_sharded and name in self.encoders:
+                    parts[name] = self._encode_none(name, batch.padding(), rng_key)
+            tokens_TD = torch.cat([parts.pop(name) for name in names] + list(parts.values()))
             pooled = {i for i, name in enumerate(names) if name in self.pooled}
             led = {i for i, name in enumerate(names) if name in self.led} - pooled
             batch = batch.reshaped(pooled, led)
         else:
             tokens_TD = self._embed(stems, regions, features)
+        if self.is_sharded and not tokens_TD.requires_grad and torch.is_grad_enabled():
+            tokens_TD.requires_grad_(any(map(self._trains_stem, self.modalities)))
         hidden_TD, embedding_SE = self.backbone(tokens_TD, batch, self._key(rng_key, SHARED))
         return Encoded(regions, features, hidden_TD, embedding_SE.float())
 
     def _encode(
         self,
-        batch: PackedBatch,
-        index: int,
         stem: Modality,
+        alone: PackedBatch,
         region: RegionRows,
         features: Tensor | None,
         rng_key: Tensor | None,
     ) -> Tensor:
         """What the shared part gets of a region: rows (C, D), or one (S, D) for each slot."""
         rows_CD = stem.embed(region, features, self.dtype, None)
-        name, alone = stem.name, batch.alone(index)
+        name = stem.name
         if stem.class_token is not None:
             rows_CD, alone = _lead(rows_CD, alone, stem.class_token), alone.reshaped(led=(0,))
-        if name not in self.encoders:
-            return rows_CD
+        return self._run_own(name, rows_CD, alone, rng_key) if name in self.encoders else rows_CD
+
+    def _encode_none(self, name: str, padding: PackedBatch, rng_key: Tensor | None) -> Tensor:
+        """(0, D): the network of a modality that the pack does not hold runs on padding alone."""
+        width = self._networks[name].width
+        rows_CD = torch.zeros(1, width, dtype=self.dtype, device=padding.offsets_S1.device)
+        rows_CD.requires_grad_(self._trains_stem(name) and torch.is_grad_enabled())
+        return self._run_own(name, rows_CD, padding, rng_key)[:0]
+
+    def _trains_stem(self, name: str) -> bool:
+        """Whether tokens of a modality take gradients, so that networks behind run backward."""
+        parameters = self.modality(name).named_parameters()
+        return any(p.requires_grad for n, p in parameters if not n.startswith("decoder."))
+
+    def _run_own(
+        self, name: str, rows_CD: Tensor, alone: PackedBatch, rng_key: Tensor | None
+    ) -> Tensor:
+        """A modality's own network, and the projection to the shared width where they differ."""
         hidden_CD, embedding_SE = self.encoders[name](rows_CD, alone, self._key(rng_key, name))
         given: Tensor = embedding_SE if name in self.pooled else hidden_CD
         return self.projections[name](given) if name in self.projections else given

@@ -128,6 +128,15 @@ class PackedBatch:
             self.position_T[rows], self.segment_T[rows] - slots.start,
         )  # fmt: skip
 
+    def padding(self) -> PackedBatch:
+        """A pack of one row of padding on the same device; it has no raw rows."""
+        region = dataclasses.replace(self.layout.regions[0], rows=1, slots=1, max_len=1)
+        zero = torch.zeros_like(self.modality_S[:1])
+        return PackedBatch(
+            Layout((region,)), (), torch.arange(2, dtype=zero.dtype, device=zero.device),
+            zero + PADDING, zero - 1, zero.long() - 1, zero, zero,
+        )  # fmt: skip
+
     def reshaped(self, pooled: Container[int] = (), led: Container[int] = ()) -> PackedBatch:
         """The pack with other rows in some of its regions; it has no raw rows.
 
