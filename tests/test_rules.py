@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "uml_fast"
 
 LAYERS = (
-    ("networks", "config", "_native", "_native_cuda"),
+    ("networks", "optim", "config", "_native", "_native_cuda"),
     ("runtime",),
     ("kernels",),
     ("packing", "cost"),

@@ -17,6 +17,7 @@ from uml_fast.networks import ConfigError as ConfigError
 from uml_fast.networks import ModalityConfig as ModalityConfig
 from uml_fast.networks import check_finite
 from uml_fast.networks import require as require
+from uml_fast.optim import OptimConfig as OptimConfig
 
 if TYPE_CHECKING:
     from uml_fast.data.source import Task
@@ -119,37 +120,6 @@ class MixConfig:
         )
         require(self.warmup_epochs >= 0, "mix.warmup_epochs must not be negative")
         require(self.stop_epochs > 0, "mix.stop_epochs must be positive")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """Optimiser and learning-rate schedule."""
-
-    kind: Literal["adam", "adamw"] = "adamw"
-    """adam adds weight decay to the gradient, adamw decouples it."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices; biases, norms, positions and scales get none."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the moment estimates."""
-    schedule: Literal["constant", "cosine", "release"] = "cosine"
-    """Shape after the warm-up; cosine ends at zero. release: that of the authors' code (1.4): 1e-5
-    at step 0, then a warm-up to lr, then a cosine that ends warmup_steps short of zero."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up from zero."""
-    clip_norm: float = 0.0
-    """Largest gradient norm; 0: no clipping."""
-
-    def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr is {self.lr}; it must be positive")
-        require(
-            all(0 <= b < 1 for b in self.betas),
-            f"optim.betas is {self.betas}; both must be in [0, 1)",
-        )
-        require(self.weight_decay >= 0, "optim.weight_decay must not be negative")
-        require(self.warmup_steps >= 0, "optim.warmup_steps must not be negative")
-        require(self.clip_norm >= 0, "optim.clip_norm must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -300,8 +270,9 @@ class RunConfig:
             f"mix.stop_with is {stop_with!r}; it must be one of the modalities {names}",
         )
         require(
-            self.compat == "none" or (self.mix.batch > 0 and not self.compile),
-            "compat 'release' pads batches: give mix.batch, and do not compile",
+            self.compat == "none"
+            or (self.mix.batch > 0 and not self.compile and self.optim.accumulate == 1),
+            "compat 'release' pads batches: give mix.batch, do not compile or accumulate",
         )
         self._check_metric()
         unknown = set(self.objective.project) - set(names)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from tests.distributed.on_ranks import run_ranks
 from tests.model.test_encoder import network, own_networks
 from tests.tiny import tiny, tiny_prediction
-from uml_fast.config import DistConfig, OptimConfig, RunConfig
+from uml_fast.config import DistConfig, MixConfig, OptimConfig, RunConfig
 from uml_fast.data.loading.packs import assemble
 from uml_fast.distributed.parallel import local
 from uml_fast.distributed.ranks import ALONE, Ranks, RanksError, join_ranks
@@ -55,6 +55,7 @@ def step_config(kind: str, clip: float = 0.5) -> RunConfig:
         config,
         backbone=dataclasses.replace(config.backbone, dropout=0.0),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, clip_norm=clip),
+        mix=MixConfig(policy="alternate"),  # ranks may hold other modalities
         modalities=tuple(
             dataclasses.replace(
                 m, weight=1.0 + k, encoder=m.encoder and dataclasses.replace(m.encoder, dropout=0.0)

@@ -14,8 +14,9 @@ products round them to bf16 where they are used (docs/numerics.md), on one rank 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -181,6 +182,20 @@ def _replicated(losses: Losses, device: torch.device) -> nn.Module:
             init_sync=False,
             gradient_as_bucket_view=True,
         )
+
+
+@contextlib.contextmanager
+def summing(losses: nn.Module, is_last: bool) -> Iterator[None]:
+    """Forward and backward of one pack of a step; gradients are summed over ranks in the last."""
+    if isinstance(losses, FSDPModule):
+        losses.set_requires_gradient_sync(is_last)
+        losses.set_is_last_backward(is_last)
+    with (
+        losses.no_sync()
+        if isinstance(losses, DistributedDataParallel) and not is_last
+        else contextlib.nullcontext()
+    ):
+        yield
 
 
 def _mesh(config: DistConfig, ranks: Ranks, device: torch.device) -> DeviceMesh:

@@ -117,6 +117,8 @@ class Ranks:
 
     def start_sum(self, tensor: Tensor) -> Callable[[], None]:
         """Begin to overwrite ``tensor`` with its sum over the ranks; returns what waits for it."""
+        if self.world == 1:
+            return lambda: None
         with talking():
             work = dist.all_reduce(tensor, async_op=True)
 

@@ -52,10 +52,13 @@ def _lines(run: RunConfig, mode: str, world: int) -> Iterator[str]:
         yield f"  {source.name}: {len(source.lengths):,} samples, {int(source.offsets[-1]):,} rows"
     for layout in layouts:
         rows = ", ".join(f"{r.name} {r.rows}" for r in layout.regions)
-        yield f"  pack of a rank: {layout.rows:,} rows ({rows}); {world * layout.rows:,} a step"
+        in_step = world * config.optim.accumulate * layout.rows
+        yield f"  pack of a rank: {layout.rows:,} rows ({rows}); {in_step:,} a step"
     yield f"  {count:,} parameters; memory of a rank, estimated:"
     yield f"    weights {4 * count / parts / _MIB:,.1f} MiB, gradients the same, fp32"
     yield f"    optimiser {8 * count / parts / _MIB:,.1f} MiB"
+    if config.optim.ema:
+        yield f"    averaged weights {4 * count / parts / _MIB:,.1f} MiB"
     kept = _kept(config, max(layouts, key=lambda layout: layout.rows), dtype)
     if kept is not None:
         yield f"    activations {kept / _MIB:,.1f} MiB (uml-fast plan says more)"

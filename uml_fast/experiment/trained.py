@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from uml_fast.config import RunConfig
 from uml_fast.data.source import Task
 from uml_fast.experiment.run import read_config
@@ -50,8 +52,13 @@ def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task
 
 
 def load_weights(model: Uml, saved: checkpoint.Checkpoint, *, best: bool = True) -> None:
-    """Put the weights of a checkpoint into a model: the best ones of its trial, or its last."""
-    has_best = best and any(k.startswith("best/") for k in saved.tensors)
-    prefix = "best/" if has_best else "model/"
-    weights = {k.removeprefix(prefix): v for k, v in saved.tensors.items() if k.startswith(prefix)}
-    model.load_state_dict(weights)
+    """Put the weights of a checkpoint into a model: the best ones of its trial, or its last.
+
+    Where the trial averages its weights (``optim.ema``), the average of the last.
+    """
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        named = {k: v for k, v in saved.tensors.items() if k.startswith(prefix)}
+        return {k.removeprefix(prefix): v for k, v in named.items()}
+
+    model.load_state_dict((best and part("best/")) or part("model/") | part("ema/"))

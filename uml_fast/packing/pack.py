@@ -11,7 +11,7 @@ Legend: T rows of a pack, S segment slots, C rows of a region, E elements of a r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,14 +104,17 @@ class PackedBatch:
 
     def to(self, device: torch.device, non_blocking: bool = True) -> PackedBatch:
         """The same pack on ``device``."""
+        return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
-        def move(t: Tensor) -> Tensor:
-            return t.to(device, non_blocking=non_blocking)
+    def clone(self) -> PackedBatch:
+        """The same pack in memory of its own."""
+        return self._each(torch.clone)
 
+    def _each(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         return PackedBatch(
-            self.layout, tuple(move(r) for r in self.raw), move(self.offsets_S1),
-            move(self.modality_S), move(self.label_S), move(self.sample_S), move(self.position_T),
-            move(self.segment_T),
+            self.layout, tuple(function(r) for r in self.raw), function(self.offsets_S1),
+            function(self.modality_S), function(self.label_S), function(self.sample_S),
+            function(self.position_T), function(self.segment_T),
         )  # fmt: skip
 
     def valid_T(self) -> Tensor:

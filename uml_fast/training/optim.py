@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule, and the optimiser's state as named tensors."""
+"""Optimiser, learning-rate schedule, averaged weights, and the optimiser's state by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from uml_fast.config import OptimConfig
-from uml_fast.distributed.parallel import like
+from uml_fast.distributed.parallel import like, local
 
 RELEASED_FIRST_RATE = 1e-5
 """Learning rate of step 0 in the authors' code, whatever the rate of the others."""
@@ -48,6 +48,31 @@ def _released_rate(step: int, steps: int, config: OptimConfig) -> float:
         return config.lr * step / config.warmup_steps if step else RELEASED_FIRST_RATE
     done = (step - config.warmup_steps) / steps
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class Average:
+    """Moving average of a model's weights: a step moves it by ``1 - decay`` of what it is off.
+
+    It starts at the weights that training starts from.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = dict(model.named_parameters())
+        self.tensors = {name: p.detach().clone() for name, p in self._weights.items()}
+        """The average of each parameter, shared among ranks as that is."""
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Follow the weights after a step."""
+        averages = [local(t) for t in self.tensors.values()]
+        weights = [local(p) for p in self._weights.values()]
+        torch._foreach_lerp_(averages, weights, 1 - self.decay)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from saved averages; of shared ones ``tensors`` has this rank's rows."""
+        for name, value in tensors.items():
+            local(self.tensors[name]).copy_(local(value))
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

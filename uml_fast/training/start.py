@@ -64,6 +64,7 @@ def resolve(config: RunConfig) -> RunConfig:
         packs = [1 / layout.pace for layout in rules.layouts]
         a_round = sum(packs) if mix.policy == "alternate" else packs[-1]
         steps = config.epochs * int(own.lengths.sum()) / own.share * a_round
+        steps /= config.optim.accumulate
     return dataclasses.replace(config, mix=mix, steps=math.ceil(steps), epochs=0.0)
 
 

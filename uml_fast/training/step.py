@@ -1,13 +1,17 @@
-"""One optimiser step on one pack of every rank: forward, backward, clip, update.
+"""One optimiser step on the packs of every rank: forward, backward, clip, update, average.
 
-The loss of a step is that of all ranks' packs as one: per modality the mean over all their samples.
-So each rank weights its means by its part of the samples, and gradients are summed over ranks
-(``distributed/parallel.py``).
+The loss of a step is that of all packs of all ranks as one: per modality the mean over all their
+samples. So each pack's means are weighted by its part of the samples, and gradients are summed over
+packs and ranks (``distributed/parallel.py``).
+
+Legend: K packs of a rank, M modalities of the run, P parameters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from uml_fast.config import RunConfig
-from uml_fast.distributed.parallel import Losses, LossFunction, clip, distribute
+from uml_fast.distributed.parallel import Losses, LossFunction, clip, distribute, summing
 from uml_fast.distributed.ranks import ALONE, Ranks, talking
 from uml_fast.model.compat import release_batch
 from uml_fast.model.objective import counts, losses, total
@@ -24,7 +28,7 @@ from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import Layout, PackedBatch
 from uml_fast.packing.schedule import hash64, stream_key
 from uml_fast.runtime.profiling import phase
-from uml_fast.training.optim import build_optimizer, learning_rate
+from uml_fast.training.optim import Average, build_optimizer, learning_rate
 
 _DROPOUT = stream_key("dropout masks")
 """Stream of dropout in ``hash64``; no modality has this name, which is not an identifier."""
@@ -35,9 +39,10 @@ class StepResult:
     """What a step leaves on the device; reading it waits for the step."""
 
     loss: Tensor
-    """() fp32 weighted total, of all ranks."""
+    """() fp32 weighted total, of all packs and ranks."""
     parts: dict[str, Tensor]
-    """Per modality () fp32, not weighted, of all ranks; NaN where none of several had a sample."""
+    """Per modality () fp32, not weighted, of all packs and ranks; NaN where none of several had a
+    sample."""
     grad_norm: Tensor | None
     """() norm of all gradients before clipping; None where nothing is clipped."""
     flags: Tensor | None
@@ -45,7 +50,7 @@ class StepResult:
 
 
 class TrainStep:
-    """The model with its optimiser. A step is a function of (weights, pack, step) alone."""
+    """The model with its optimiser. A step is a function of (weights, packs, step) alone."""
 
     def __init__(self, model: Uml, config: RunConfig, seed: int, ranks: Ranks = ALONE) -> None:
         self.model = model
@@ -63,9 +68,15 @@ class TrainStep:
         self._losses = distribute(self._own, config, ranks, device)
         self.optimizer = build_optimizer(model, config.optim)
         self._names = [name for name, _ in model.named_parameters()]
+        self.average = Average(model, config.optim.ema) if config.optim.ema else None
         self._graphs_before = _graphs()
         self.waited_s = 0.0
         """Seconds in which this rank waited for the forward pass of slower ones (on CPUs)."""
+
+    @property
+    def averaged(self) -> dict[str, Tensor]:
+        """The averages of the parameters, by name; none without ``optim.ema``."""
+        return {} if self.average is None else self.average.tensors
 
     @property
     def communication_pct(self) -> float | None:
@@ -87,30 +98,33 @@ class TrainStep:
         """Graphs compiled beyond one per layout and set of frozen networks; 0 as it should be."""
         return max(0, _graphs() - self._graphs_before - len(self._programs))
 
-    def __call__(self, batch: PackedBatch, step: int, flags: tuple[bool, ...] = ()) -> StepResult:
-        """Train on one pack. ``step`` counts from 0 and fixes learning rate and dropout masks.
+    def __call__(
+        self, batch: PackedBatch, step: int, flags: tuple[bool, ...] = (), *before: PackedBatch
+    ) -> StepResult:
+        """Train on one pack, or on several as one. Nothing waits for the device.
 
-        ``flags`` travel with the step's own sums (``StepResult.flags``), at no cost.
+        Args:
+            batch: the pack, or the last of the step's.
+            step: counts from 0 and fixes learning rate and dropout masks.
+            flags: travel with the step's own sums (``StepResult.flags``), at no cost.
+            before: the step's packs before the last (``optim.accumulate``); every rank has as many.
 
         Raises:
             RanksError: another rank is gone.
         """
-        key = hash64(self.seed, _DROPOUT, self.ranks.rank, np.array([step]))
-        self.rng_key.fill_(int(key[0] >> 1))
+        packs = (*before, batch)
         if self.config.compat == "release":
-            batch = release_batch(batch)
+            packs = tuple(release_batch(pack) for pack in packs)
         self._freeze_for(step)
-        self._programs.add((batch.layout, self.model.frozen))
-        set_on = None
-        if self.ranks.world == 1:
-            with phase("forward"):
-                parts = self._losses(batch, self.rng_key)
+        self._programs.update((pack.layout, self.model.frozen) for pack in packs)
+        if len(packs) == self.ranks.world == 1:
+            parts = self._forward(batch, step, 0)
+            loss, set_on = total(parts, self.config), None
             with phase("backward"):
-                loss = total(parts, self.config)
                 loss.backward()
         else:
-            with talking():
-                loss, parts, set_on = self._over_ranks(batch, flags)
+            with talking() if self.ranks.world > 1 else contextlib.nullcontext():
+                loss, parts, set_on = self._over_ranks(packs, step, flags)
         with phase("optimizer"):
             norm = None
             if self.config.optim.clip_norm:
@@ -119,7 +133,18 @@ class TrainStep:
                 group["lr"] = learning_rate(step, self.config.steps, self.config.optim)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+            if self.average is not None:
+                self.average.update()
         return StepResult(loss.detach(), {k: v.detach() for k, v in parts.items()}, norm, set_on)
+
+    def _forward(self, batch: PackedBatch, step: int, index: int) -> dict[str, Tensor]:
+        """The losses of one of the step's packs, with dropout as of a rank of its own."""
+        number = self.ranks.rank * self.config.optim.accumulate + index
+        key = hash64(self.seed, _DROPOUT, number, np.array([step]))
+        self.rng_key.fill_(int(key[0] >> 1))
+        with phase("forward"):
+            parts: dict[str, Tensor] = self._losses(batch, self.rng_key)
+        return parts
 
     def _freeze_for(self, step: int) -> None:
         """Freeze what the step does not train; ranks then sum gradients of the others alone."""
@@ -129,43 +154,72 @@ class TrainStep:
             self._losses = distribute(self._own, self.config, self.ranks, self.rng_key.device)
 
     def _over_ranks(
-        self, batch: PackedBatch, flags: tuple[bool, ...]
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Forward and backward of this rank's part of the step's loss.
+        self, packs: Sequence[PackedBatch], step: int, flags: tuple[bool, ...]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Forward and backward of this rank's part of the step's loss, pack by pack.
 
-        Returns loss and parts of all ranks, and on how many each flag is set. Counts are summed
-        during forward and losses during backward, so that no step waits for either.
+        Returns loss and parts of all packs and ranks, and on how many ranks each flag is set.
+        Counts are summed during the first forward and losses during the last backward, so that no
+        step waits for either.
         """
         names = [m.name for m in self.config.modalities]
-        own = counts(self.model, batch, self.config)
         none = torch.zeros((), device=self.rng_key.device)
-        count_M = torch.stack([own.get(name, none).float() for name in names])
-        sums = torch.cat([count_M, none.new_tensor([float(flag) for flag in flags])])
+        counted = [counts(self.model, pack, self.config) for pack in packs]
+        count_KM = torch.stack([_stack(own, names, none) for own in counted])
+        flag_F = [none.new_full((1,), float(flag)) for flag in flags]
+        sums = torch.cat([count_KM.sum(0), *flag_F])
         wait = self.ranks.start_sum(sums)
-        with phase("forward"):
-            parts = self._losses(batch, self.rng_key)
-        begin = time.perf_counter()
-        wait()
-        self.waited_s += time.perf_counter() - begin
-        total_M, set_on = sums[: len(names)], sums[len(names) :]
-        weight_M = count_M / total_M.clamp(min=1)
-        weighted = {n: parts[n] * w for n, w in zip(names, weight_M, strict=True) if n in parts}
-        part_M = torch.stack([weighted.get(name, none).detach() for name in names])
-        unused = self._own.unused[batch.layout, self.model.frozen]
-        needs_P = [float(n not in unused) for n in self._names]
-        sums = torch.cat([part_M, none.new_tensor(needs_P)])
-        wait = self.ranks.start_sum(sums)
-        with phase("backward"):
-            (total(weighted, self.config) * self._own.factor).backward()
-        wait()
-        part_M, users_P = sums[: len(names)], sums[len(names) :]
-        if unused:
-            parameters = dict(self.model.named_parameters())
-            for name, users in zip(self._names, users_P.tolist(), strict=True):
-                parameters[name].grad = parameters[name].grad if users else None
-        all_parts = dict(zip(names, part_M, strict=True))
-        found_M = torch.where(total_M > 0, part_M, torch.nan)
-        return total(all_parts, self.config), dict(zip(names, found_M, strict=True)), set_on
+        part_M, weight_KM = torch.zeros_like(count_KM[0]), count_KM
+        for k, pack in enumerate(packs):
+            is_last = k == len(packs) - 1
+            with summing(self._losses, is_last):
+                parts = self._forward(pack, step, k)
+                if k == 0:
+                    begin = time.perf_counter()
+                    wait()
+                    self.waited_s += time.perf_counter() - begin
+                    weight_KM = count_KM / sums[: len(names)].clamp(min=1)
+                weight = dict(zip(names, weight_KM[k], strict=True))
+                weighted = {name: loss * weight[name] for name, loss in parts.items()}
+                part_M += _stack({n: x.detach() for n, x in weighted.items()}, names, none)
+                if is_last:
+                    waits = self.ranks.start_sum(part_M), self._start_use(packs)
+                with phase("backward"):
+                    (total(weighted, self.config) * self._own.factor).backward()
+        for wait in waits:
+            wait()
+        loss = total(dict(zip(names, part_M, strict=True)), self.config)
+        found_M = torch.where(sums[: len(names)] > 0, part_M, torch.nan)
+        set_on = sums[len(names) :] if self.ranks.world > 1 else None
+        return loss, dict(zip(names, found_M, strict=True)), set_on
+
+    def _start_use(self, packs: Sequence[PackedBatch]) -> Callable[[], None]:
+        """Begin to ask all ranks which parameters the step needs; returns what ends it.
+
+        Those that no rank needs are left without a gradient. Only layouts decide, which the host
+        knows, so ranks tell each other beside backward and not through the device. Packs of policy
+        ``joint`` have one layout on all ranks, so there is nothing to tell.
+        """
+        if self.ranks.world == 1:
+            return lambda: None
+        program = self.model.frozen
+        unused = frozenset.intersection(*(self._own.unused[p.layout, program] for p in packs))
+        need_P = torch.tensor([float(name not in unused) for name in self._names])
+        tells = self.config.mix.policy != "joint"
+        wait = self.ranks.start_sum(need_P) if tells else lambda: None
+
+        def end() -> None:
+            wait()
+            if unused:
+                for parameter, users in zip(self.model.parameters(), need_P.tolist(), strict=True):
+                    parameter.grad = parameter.grad if users else None
+
+        return end
+
+
+def _stack(values: Mapping[str, Tensor], names: Sequence[str], none: Tensor) -> Tensor:
+    """fp32 (M,) of scalars by name; ``none`` where there is no value."""
+    return torch.stack([values.get(name, none).float() for name in names])
 
 
 def _graphs() -> int:

@@ -20,7 +20,7 @@ from uml_fast.distributed.parallel import choose, like, local, whole
 from uml_fast.distributed.ranks import ALONE, Ranks
 from uml_fast.distributed.watch import Watch
 from uml_fast.model.uml import Uml
-from uml_fast.packing.pack import Layout
+from uml_fast.packing.pack import Layout, PackedBatch
 from uml_fast.packing.resume import State, join
 from uml_fast.runtime.device import resolve_device
 from uml_fast.runtime.stop import StopSignal
@@ -42,6 +42,9 @@ from uml_fast.training.start import build_model, plan_mix, shares_of
 from uml_fast.training.step import StepResult, TrainStep
 
 logger = logging.getLogger("uml_fast")
+
+Held = list[tuple[Layout, Tensor]]
+"""Of each pack of a step its layout and the sample of each slot."""
 
 
 class TrainingError(RuntimeError):
@@ -68,9 +71,11 @@ class Trial:
         self.mix, self.layouts = plan_mix(run_config, mode, self.task, seed)
         self.model = build_model(config, self.task, seed).to(self.device)
         ranks.copy_first(list(self.model.state_dict().values()))
-        is_shared = choose(config.dist, self.model, ranks, self.device) == "fsdp"
-        self.whole = copy.deepcopy(self.model).cpu() if is_shared and ranks.is_first else None
-        """Where weights that ranks share come together to be evaluated, on the first rank."""
+        needs_other = config.optim.ema or (
+            choose(config.dist, self.model, ranks, self.device) == "fsdp"
+        )
+        self.whole = copy.deepcopy(self.model).cpu() if needs_other and ranks.is_first else None
+        """On the first rank, what evaluates weights that ranks share, and averaged ones."""
         self.train_step = TrainStep(self.model, config, seed, ranks)
         checkpoints = self.folder / "checkpoints"
         self.saver = Saver(checkpoints, config.checkpoint.keep, ranks, config.dist.timeout_s)
@@ -85,13 +90,13 @@ class Trial:
         self.step = 0
         self.best: dict[str, Any] = {"metric": None, "step": 0, "failures": 0}
         self.best_weights: dict[str, Tensor] = {}
-        self.unchecked: list[tuple[int, Tensor, Layout, Tensor]] = []
-        """Steps whose loss was not read yet: (step, loss, layout, sample of each slot)."""
+        self.unchecked: list[tuple[int, Tensor, Held]] = []
+        """Steps whose loss was not read yet: (step, loss, samples of its packs)."""
         self.began = 0.0
         """When training began or went on, of ``time.perf_counter``."""
         self.flag = torch.zeros(())
         """Of the step before: on how many ranks a stop was asked for."""
-        self.last: tuple[int, Tensor, Layout, Tensor] | None = None
+        self.last: tuple[int, Tensor, Held] | None = None
         """The newest step whose loss was read."""
 
     def run(
@@ -129,14 +134,14 @@ class Trial:
             while not (is_over or self._is_patience_over()):
                 watch.tick(f"step {self.step + 1}")
                 with span(trace, "wait for a pack"):
-                    batch, _ = next(loader)
+                    before, last = self._packs(loader)
                 with span(trace, "step", step=self.step + 1):
                     goes_on = not self._is_over(loader, after=1)
-                    result = self.train_step(batch, self.step, (bool(stop), goes_on))
+                    flags = (bool(stop), goes_on)
+                    result = self.train_step(last, self.step, flags, *before)
                 after_step()
-                self.unchecked.append(
-                    (self.step, result.loss, batch.layout, batch.sample_S.clone())
-                )
+                held = [(p.layout, p.sample_S.clone()) for p in (*before, last)]
+                self.unchecked.append((self.step, result.loss, held))
                 self.step += 1
                 if result.flags is not None and config.mix.stop_with:
                     goes_on = bool(result.flags[1])
@@ -171,6 +176,11 @@ class Trial:
             shares=shares_of(self.config), target=self.config.target, device=self.device,
             rank=self.ranks.rank, world=self.ranks.world,
         )  # fmt: skip
+
+    def _packs(self, loader: Loader) -> tuple[list[PackedBatch], PackedBatch]:
+        """The packs of a step; the loader's last one holds until the next is asked for."""
+        before = [next(loader)[0].clone() for _ in range(self.config.optim.accumulate - 1)]
+        return before, next(loader)[0]
 
     def _is_over(self, loader: Loader, after: int = 0) -> bool:
         """Whether ``after`` more steps are all, or the modality that the trial stops with ends."""
@@ -214,9 +224,9 @@ class Trial:
 
     def _check_finite(self) -> None:
         """Stop at a loss that is not finite."""
-        for step, loss, layout, samples in self.unchecked:
+        for step, loss, held in self.unchecked:
             if not torch.isfinite(loss):
-                self._stop_at(step, f"the loss is {float(loss)}", layout, samples.tolist())
+                self._stop_at(step, f"the loss is {float(loss)}", held)
         self.last = self.unchecked[-1] if self.unchecked else self.last
         self.unchecked.clear()
 
@@ -224,14 +234,16 @@ class Trial:
         """Stop at weights that are not finite, before they are saved or measured."""
         norms = torch.stack(torch._foreach_norm([local(p) for p in self.model.parameters()]))
         if self.ranks.any(not torch.isfinite(norms).all()) and self.last is not None:
-            step, _, layout, samples = self.last
-            self._stop_at(step, "the weights are not finite", layout, samples.tolist())
+            step, _, held = self.last
+            self._stop_at(step, "the weights are not finite", held)
 
-    def _stop_at(self, step: int, what: str, layout: Layout, samples: list[int]) -> None:
+    def _stop_at(self, step: int, what: str, held: Held) -> None:
         own: dict[str, list[str]] = {}
-        for i, region in enumerate(layout.regions):
-            source = self.task.source(region.name)
-            own[region.name] = [source.key(s) for s in samples[layout.slot_slice(i)] if s >= 0]
+        for layout, sample_S in held:
+            for i, region in enumerate(layout.regions):
+                source, samples = self.task.source(region.name), sample_S[layout.slot_slice(i)]
+                found = [source.key(s) for s in samples.tolist() if s >= 0]
+                own[region.name] = own.get(region.name, []) + found
         keys: dict[str, list[str]] = {}
         for part in self.ranks.gather(own):
             for name, found in part.items():
@@ -246,24 +258,26 @@ class Trial:
         except checkpoint.CheckpointError as e:
             kept = str(e)
         raise TrainingError(
-            f"{self.mode} seed {self.seed}: {what} at step {step + 1}. The samples of that pack "
+            f"{self.mode} seed {self.seed}: {what} at step {step + 1}. The samples of that step "
             f"are in {path}; checkpoints: {kept}. Try a lower --optim.lr or --optim.clip-norm 1"
         )
 
     def _validate(self) -> float:
         """The metric on the validation samples; remembers the best weights if patience is set."""
-        weights = whole(self.model.state_dict())
+        weights = whole(self._weights())
         value = self.ranks.from_first(lambda: self._metric(weights))
         if self.config.eval.patience:
             sign = -1 if self.config.metric == "error" else 1
             if self.best["metric"] is None or sign * value > sign * self.best["metric"]:
                 self.best = {"metric": value, "step": self.step, "failures": 0}
-                self.best_weights = {
-                    k: v.detach().clone() for k, v in self.model.state_dict().items()
-                }
+                self.best_weights = {k: v.detach().clone() for k, v in self._weights().items()}
             else:
                 self.best["failures"] += 1
         return value
+
+    def _weights(self) -> dict[str, Tensor]:
+        """What is evaluated: the weights, or their average."""
+        return self.model.state_dict() | self.train_step.averaged
 
     def _metric(self, weights: dict[str, Tensor]) -> float:
         assert self.evaluated is not None
@@ -291,6 +305,7 @@ class Trial:
 
     def _write(self, loader_state: State) -> None:
         tensors = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"ema/{k}": v for k, v in self.train_step.averaged.items()}
         tensors |= {f"best/{k}": v for k, v in self.best_weights.items()}
         state = optimizer_tensors(self.train_step.optimizer, self.model)
         tensors |= {f"optimizer/{k}": v for k, v in state.items()}
@@ -316,6 +331,8 @@ class Trial:
             return {k: like(own[k], saved.tensors[prefix + k]) for k in names}
 
         self.model.load_state_dict(part("model/"))
+        if self.train_step.average is not None:
+            self.train_step.average.load(part("ema/"))
         self.best_weights, self.best = part("best/"), saved.meta["best"]
         prefix = "optimizer/"
         state = {
@@ -333,7 +350,7 @@ class Trial:
         logger.info("%s seed %d: continues at step %d", self.mode, self.seed, self.step)
 
     def _result(self) -> dict[str, Any]:
-        weights = whole(self.best_weights or self.model.state_dict())
+        weights = whole(self.best_weights or self._weights())
         return self.ranks.from_first(lambda: self._measure(weights))
 
     def _measure(self, weights: dict[str, Tensor]) -> dict[str, Any]:
