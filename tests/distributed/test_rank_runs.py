@@ -97,6 +97,9 @@ def test_a_rank_that_is_asked_to_stop_stops_all_and_the_run_goes_on(tmp_path: Pa
     assert all(0 <= r["imbalance_pct"] < 50 and set(r["wait_pct"]) == {"0", "1"} for r in lines)
     assert 0 < lines[-1]["comm_pct"] < 100 and 0 <= lines[-1]["save_pct"] < 50
     assert [r.get("val") for r in lines] == [r.get("val") for r in other]
+    rates = json.loads((whole / "summary.json").read_text())["throughput"]
+    assert rates["ranks"] == 2 and 0 <= rates["imbalance_pct"] < 50 and 0 < rates["comm_pct"] < 100
+    assert "imbalance" in (tmp_path / "c-0").read_text()
     assert "report:" in (tmp_path / "c-0").read_text()
     assert (tmp_path / "c-1").read_text() == ""
 
@@ -120,6 +123,7 @@ def test_a_run_goes_on_under_another_strategy_and_on_fewer_ranks(tmp_path: Path)
         for f in (folder, whole_run)
     )
     assert [r["loss"] for r in lines] == pytest.approx([r["loss"] for r in others], rel=1e-5)
+    assert all(0 < r["comm_pct"] < 100 for r in lines[12:])  # under fsdp
     assert [r.get("val") for r in lines] == [r.get("val") for r in others]
     results = [
         json.loads((f / "trials/uml-0/result.json").read_text()) for f in (folder, whole_run)

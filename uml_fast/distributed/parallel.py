@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from uml_fast.config import ConfigError, DistConfig, RunConfig, require
 from uml_fast.cost.scaling import STATE_BYTES
+from uml_fast.distributed.exchange import Clock, put_clock
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import Layout, PackedBatch
@@ -63,6 +64,8 @@ class Losses(nn.Module):
         self.function = function
         self.touches = False
         """Whether parameters that a pack does not need get zeros as gradient."""
+        self.clock = Clock()
+        """Counts what FSDP's units exchange."""
         self.factor = 1.0
         """What the weighted loss is multiplied with, so that gradients come out as sums."""
         self.in_units = frozenset[str]()
@@ -168,6 +171,7 @@ def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.de
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
+            put_clock(module, losses.clock)
     return losses
 
 

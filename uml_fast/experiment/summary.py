@@ -21,8 +21,11 @@ from uml_fast.training.log import read_metrics
 
 _APART = ("baselines", "probes")
 """Parts of a trial's result that have a table of their own."""
-_GROUPS = ("stages", "read_ms", "decode_ms", "assemble_ms", "stall_ms")
-_RATES = ("tokens_per_s", "samples_per_s", "mfu", "mfu_datasheet", "stall_pct", "fill_pct")
+_GROUPS = ("stages", "read_ms", "decode_ms", "assemble_ms", "stall_ms", "wait_pct")
+_RATES = (
+    "tokens_per_s", "samples_per_s", "mfu", "mfu_datasheet", "stall_pct", "fill_pct", "ranks",
+    "imbalance_pct", "comm_pct",
+)  # fmt: skip
 
 
 def summarise(config: RunConfig, results: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:

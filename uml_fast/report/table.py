@@ -17,6 +17,9 @@ THROUGHPUT = (
     ("mfu_datasheet", "MFU of the datasheet peak", "the same over the maker's figure"),
     ("stall_pct", "stall", "time the device waited for data"),
     ("fill_pct", "fill", "rows of a pack that hold samples"),
+    ("ranks", "ranks", "processes that trained one model"),
+    ("imbalance_pct", "imbalance", "tokens that ranks had less than the one with most, on average"),
+    ("comm_pct", "exchange", "time of exchanging weights and gradients"),
     ("recompiles", "recompiles", "after warm-up"),
 )
 """Keys of a summary's throughput, with their label and meaning."""

@@ -341,6 +341,10 @@ class _Progress:
             parts.append(f"MFU {100 * r['mfu']:.0f} %")
         if r.get("stall_pct") is not None:
             parts.append(f"stall {r['stall_pct']:.1f} %{_stalled_on(r)}")
+        if r.get("imbalance_pct") is not None:
+            parts.append(f"imbalance {r['imbalance_pct']:.1f} %")
+        if r.get("comm_pct") is not None:
+            parts.append(f"exchange {r['comm_pct']:.0f} %")
         if (r.get("stages") or {}).get("ready") is not None:
             parts.append(f"ready {r['stages']['ready']:.0f} %")
         return "  ".join(parts)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from uml_fast.config import RunConfig
+from uml_fast.distributed.exchange import exchange_pct
 from uml_fast.distributed.parallel import Losses, LossFunction, clip, distribute, summing
 from uml_fast.distributed.ranks import ALONE, Ranks, talking
 from uml_fast.model.compat import release_batch
@@ -78,20 +78,9 @@ class TrainStep:
         """The averages of the parameters, by name; none without ``optim.ema``."""
         return {} if self.average is None else self.average.tensors
 
-    @property
-    def communication_pct(self) -> float | None:
-        """Part of backward in which gradients were summed and nothing computed; None: not known.
-
-        DDP measures it now and then (its first ten steps, then every hundredth).
-        """
-        if not isinstance(self._losses, DistributedDataParallel):
-            return None
-        seen = self._losses._get_ddp_logging_data()
-        took = seen.get("avg_backward_comm_time", 0) - seen.get(
-            "avg_backward_compute_comm_overlap_time", 0
-        )
-        whole = seen.get("avg_backward_compute_time", 0) + took
-        return 100 * took / whole if whole > 0 else None
+    def exchange_pct(self, seconds: float) -> float | None:
+        """Part of the ``seconds`` since the last call that exchanging with other ranks took."""
+        return exchange_pct(self._losses, self._own.clock, seconds)
 
     @property
     def recompiles(self) -> int:

@@ -218,8 +218,9 @@ class Trial:
             return record | lap | {"recompiles": self.train_step.recompiles}
         waited, self.train_step.waited_s = self.train_step.waited_s, 0.0
         lap["wait_pct"] = {str(self.ranks.rank): 100 * self.ranks.world * waited / seconds}
-        lap = combine(self.ranks.gather(lap))
-        record |= {"ranks": self.ranks.world, "comm_pct": self.train_step.communication_pct}
+        exchanged = self.train_step.exchange_pct(seconds)
+        lap |= {} if exchanged is None else {"comm_pct": exchanged}
+        lap = combine(self.ranks.gather(lap)) | {"ranks": self.ranks.world}
         return record | lap | {"recompiles": self.train_step.recompiles}
 
     def _check_finite(self) -> None:
