@@ -23,6 +23,7 @@ from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import Layout, PackedBatch
 from uml_fast.packing.resume import State, join
 from uml_fast.runtime.device import resolve_device
+from uml_fast.runtime.memory import keep_freed_memory
 from uml_fast.runtime.stop import StopSignal
 from uml_fast.runtime.trace import Trace, span
 from uml_fast.training import checkpoint
@@ -67,6 +68,8 @@ class Trial:
         self.config = config = run_config.for_mode(mode)
         self.mode, self.seed, self.folder, self.ranks = mode, seed, folder, ranks
         self.device = resolve_device(config.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.task = config.load(seed, mode)
         self.mix, self.layouts = plan_mix(run_config, mode, self.task, seed)
         self.model = build_model(config, self.task, seed).to(self.device)
