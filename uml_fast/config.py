@@ -97,8 +97,7 @@ class MixConfig:
     token_budget: int = 2048
     """Rows of a joint pack over all modalities."""
     share_of: Literal["tokens", "samples"] = "tokens"
-    """What the modalities' shares are parts of: rows, or samples (their lengths are those of the
-    first seed's data)."""
+    """What the modalities' shares are parts of: rows; or samples, as long as the first seed's."""
     batch: int = 0
     """Samples of the target in a joint pack, on average, in place of ``token_budget``, and as many
     rows of a modality that goes first alone; 0: ``token_budget`` holds."""
@@ -134,7 +133,6 @@ class EvalConfig:
     """Steps between validations; 0: only at the end."""
     patience: int = 0
     """Validations without improvement after which training stops; 0: never."""
-
     theory: bool = False
     """Check the theorems of paper 3.1 numerically and show them in the report."""
 
@@ -234,6 +232,8 @@ class RunConfig:
     """Compile the step with torch.compile; shapes are fixed, so it compiles once per layout."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
+    wandb: str | None = None
+    """Project of Weights & Biases that is logged to as well (pip install wandb)."""
     trace: Path | None = None
     """File for a Perfetto trace of one trial: the first one trained with all modalities, if any."""
     profile: Path | None = None

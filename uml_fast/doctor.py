@@ -25,6 +25,7 @@ PACKAGES = {
     "sklearn": ("scikit-learn", "digits and the linear probe"),
     "matplotlib": ("matplotlib", "curves in report.html"),
     "tensorboard": ("tensorboard", "TensorBoard events"),
+    "wandb": ("wandb", "Weights & Biases, for --wandb PROJECT"),
     "espeakng_loader": ("espeakng-loader", "synthesised speech of the default recipe"),
     "PIL": ("pillow", "images of your own"),
     "simplejpeg": ("simplejpeg", "JPEG images of your own"),

@@ -29,10 +29,11 @@ from uml_fast.report.probes import probe_lines
 from uml_fast.runtime.profiling import profiled
 from uml_fast.runtime.stop import StopSignal
 from uml_fast.runtime.trace import Trace
-from uml_fast.training import log
-from uml_fast.training.log import write_json
+from uml_fast.training.live import PlannedTrial
+from uml_fast.training.log import RunLog, SilentLog, write_json
 from uml_fast.training.start import resolve
 from uml_fast.training.trial import Stopped, Trial
+from uml_fast.training.wandb_runs import WandbRuns, check_wandb
 
 _AGAIN = "the same command continues it"
 
@@ -60,6 +61,8 @@ def train(config: RunConfig | GridConfig) -> Path | None:
 
 
 def _open(config: RunConfig) -> Path:
+    if config.wandb:
+        check_wandb()
     if not (config.folder / "run.json").exists():
         _check(config)
     return open_run(config)
@@ -74,13 +77,12 @@ def _check(config: RunConfig) -> None:
 def _train_all(config: RunConfig, folder: Path, ranks: Ranks) -> bool:
     """Train what is missing and write the summary; False if asked to stop before the end."""
     seeds = range(config.seed, config.seed + config.seeds)
-    trials = [log.Trial(mode, seed, config.steps) for seed in seeds for mode in config.modes]
+    trials = [PlannedTrial(mode, seed, config.steps) for seed in seeds for mode in config.modes]
     missing = [t for t in trials if _read_result(_place(folder, t) / "result.json") is None]
     second = config.compared[1]
     traced = next((t for t in missing if t.mode == second), missing[0] if missing else None)
     results = []
-    made = log.RunLog(folder, trials) if ranks.is_first else log.SilentLog()
-    with made as run_log, StopSignal() as stop:
+    with _log(config, folder, trials, ranks) as run_log, StopSignal() as stop:
         for planned in trials:
             if ranks.any(bool(stop)):
                 run_log.note(f"stopped before {planned.mode} seed {planned.seed}; {_AGAIN}")
@@ -93,6 +95,15 @@ def _train_all(config: RunConfig, folder: Path, ranks: Ranks) -> bool:
     if ranks.is_first:
         _finish(config, results, folder)
     return True
+
+
+def _log(
+    config: RunConfig, folder: Path, trials: list[PlannedTrial], ranks: Ranks
+) -> RunLog | SilentLog:
+    if not ranks.is_first:
+        return SilentLog()
+    wandb = WandbRuns(config.wandb, folder, to_json(config)) if config.wandb else None
+    return RunLog(folder, trials, wandb=wandb)
 
 
 def _finish(config: RunConfig, results: list[dict[str, Any]], folder: Path) -> None:
@@ -109,9 +120,9 @@ def _finish(config: RunConfig, results: list[dict[str, Any]], folder: Path) -> N
 
 def _finish_trial(
     config: RunConfig,
-    planned: log.Trial,
+    planned: PlannedTrial,
     folder: Path,
-    run_log: log.RunLog | log.SilentLog,
+    run_log: RunLog | SilentLog,
     stop: StopSignal,
     is_traced: bool,
     ranks: Ranks,
@@ -138,12 +149,12 @@ def _finish_trial(
     return ranks.from_first(lambda: _read_result(finished))
 
 
-def _place(folder: Path, planned: log.Trial) -> Path:
+def _place(folder: Path, planned: PlannedTrial) -> Path:
     return folder / "trials" / f"{planned.mode}-{planned.seed}"
 
 
 @contextlib.contextmanager
-def _traced(path: Path | None, run_log: log.RunLog | log.SilentLog) -> Iterator[Trace | None]:
+def _traced(path: Path | None, run_log: RunLog | SilentLog) -> Iterator[Trace | None]:
     """A trace that is written to ``path`` however the trial ends; nothing where that is None."""
     if path is None:
         yield None

@@ -13,7 +13,8 @@ from uml_fast.data.loading.loader import Loader, layouts_of, look_ahead
 from uml_fast.experiment.summary import throughput
 from uml_fast.packing.pack import Layout, Region
 from uml_fast.report.sections import throughput as shown
-from uml_fast.training.log import RunLog, Trial
+from uml_fast.training.live import PlannedTrial
+from uml_fast.training.log import RunLog
 
 
 @pytest.mark.native
@@ -34,7 +35,7 @@ def test_the_slow_source_is_the_one_that_stalls() -> None:
 def test_the_progress_line_names_the_cause_of_a_stall(tmp_path: Path) -> None:
     for stall, expected in ((3.25, "stall 3.2 % (audio)  ready 40 %"), (0.4, "stall 0.4 %  ready")):
         stream = io.StringIO()
-        with RunLog(tmp_path / str(stall), [Trial("uml", 0, 9)], stream=stream) as log:
+        with RunLog(tmp_path / str(stall), [PlannedTrial("uml", 0, 9)], stream=stream) as log:
             log.begin("uml", 0)
             log.write(1, loss=1.0, stall_pct=stall, stages={"ready": 40.0, "read": 20.0},
                       stall_ms={"audio": 3.0, "plan": 0.1})  # fmt: skip

@@ -1,4 +1,4 @@
-"""The metrics file over kills and resumes, errors that name the path, and the progress line."""
+"""The metrics file and TensorBoard events over kills and resumes, errors that name the path."""
 
 import io
 import json
@@ -8,28 +8,10 @@ import sys
 
 import pytest
 
-from uml_fast.training import log as log_module
-from uml_fast.training.log import RunFolderError, RunLog, Trial, read_metrics
+from uml_fast.training.live import PlannedTrial
+from uml_fast.training.log import RunFolderError, RunLog, read_metrics
 
-TRIALS = (Trial("unimodal", 0, 10), Trial("uml", 0, 10))
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(log_module, "time", clock)
-    return clock
+TRIALS = (PlannedTrial("unimodal", 0, 10), PlannedTrial("uml", 0, 10))
 
 
 @pytest.fixture
@@ -177,82 +159,9 @@ class TestEvents:
         assert self.scalars(folder, "losses/image")[-1] == (6, 7.0)
 
 
-@pytest.mark.usefixtures("no_events")
-class TestProgress:
-    def test_terminal_line_is_rewritten_and_says_what_is_left(self, tmp_path, clock, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "200")
-        stream = Terminal()
-        with RunLog(
-            tmp_path, [Trial(m, 0, 100) for m in ("unimodal", "uml")], stream=stream
-        ) as log:
-            log.begin("unimodal", 0)
-            for step in (10, 20, 30):
-                clock.now += 5.0
-                log.write(step, loss=1.25, tokens_per_s=12_340.0, mfu=0.314, stall_pct=0.42)
-            shown = stream.getvalue()
-        assert "\n" not in shown
-        last = shown.split("\r")[-1]
-        # 0.5 s a step: 70 steps of this trial, then 100 of the next
-        assert last.startswith("[1/2] unimodal seed 0  step 30/100  left 0:35, run 1:25  loss 1.25")
-        assert "12.3k tokens/s  MFU 31 %  stall 0.4 %" in last
-
-    def test_a_long_line_does_not_wrap(self, tmp_path, clock, monkeypatch):
-        monkeypatch.setenv("COLUMNS", "40")
-        stream = Terminal()
-        with RunLog(tmp_path, TRIALS, stream=stream) as log:
-            log.begin("unimodal", 0)
-            log.write(1, loss=1.0, tokens_per_s=1e6)
-            shown = stream.getvalue()
-        assert len(shown.removesuffix("\x1b[K").removeprefix("\r")) == 39
-
-    def test_time_left_uses_the_rate_of_each_mode(self, tmp_path, clock):
-        stream = io.StringIO()
-        trials = [Trial(m, s, 100) for s in (0, 1) for m in ("unimodal", "uml")]
-        with RunLog(tmp_path, trials, stream=stream) as log:
-            log.begin("unimodal", 0)
-            clock.now += 100.0
-            log.write(100, loss=1.0)
-            log.begin("uml", 0)
-            clock.now += 40.0
-            log.write(10, loss=1.0)
-            shown = stream.getvalue()
-        # uml at 4 s a step: 90 left, then unimodal at 1 s and uml at 4 s a step
-        assert "left 6:00, run 14:20" in shown.splitlines()[-1]
-
-    def test_time_left_follows_steps_since_the_resume(self, tmp_path, clock):
-        stream = io.StringIO()
-        with RunLog(tmp_path, [Trial("uml", 0, 100)], stream=stream) as log:
-            log.begin("uml", 0, resumed_step=90)
-            clock.now += 5.0
-            log.write(95, loss=1.0)
-        assert "step 95/100  left 0:05, run 0:05" in stream.getvalue()
-
-    def test_elsewhere_a_plain_line_every_ten_seconds(self, tmp_path, clock):
-        stream = io.StringIO()
-        log = RunLog(tmp_path, [Trial("uml", 0, 100)], stream=stream)
-        log.begin("uml", 0)
-        for step in range(1, 26):
-            clock.now += 1.0
-            log.write(step, loss=1.0)
-        log.end()
-        lines = stream.getvalue().splitlines()
-        assert "\r" not in stream.getvalue()
-        assert [line.split("step ")[1].split("/")[0] for line in lines[:-1]] == ["1", "11", "21"]
-        assert lines[-1] == "[1/1] uml seed 0  25 steps in 0:25  loss 1"
-        assert len(read_metrics(tmp_path)) == 25
-
-    def test_a_note_stands_on_a_line_of_its_own(self, tmp_path, clock):
-        stream = Terminal()
-        with RunLog(tmp_path, TRIALS, stream=stream) as log:
-            log.begin("unimodal", 0)
-            log.write(1, loss=1.0)
-            log.note("checkpoint damaged")
-            shown = stream.getvalue()
-        assert shown.endswith("\rcheckpoint damaged\x1b[K\n")
-
-    def test_a_trial_that_is_not_in_the_run_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="uml seed 7 is not among"):
-            quiet(tmp_path, TRIALS).begin("uml", 7)
+def test_a_trial_that_is_not_in_the_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="uml seed 7 is not among"):
+        quiet(tmp_path, TRIALS).begin("uml", 7)
 
 
 def test_metrics_are_strict_json(tmp_path, no_events):

@@ -31,7 +31,7 @@ from uml_fast.training.log import RunFolderError, write_json
 logger = logging.getLogger("uml_fast")
 
 _MAY_CHANGE = ("out", "resume", "seeds", "device", "log_every", "checkpoint", "dist", "trace",
-             "profile", "data.max_errors", "data.cache", "data.keep_mib")  # fmt: skip
+             "profile", "wandb", "data.max_errors", "data.cache", "data.keep_mib")  # fmt: skip
 """Fields in which a continued run may differ from its folder's: they do not change a trial."""
 
 

@@ -6,10 +6,12 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 TERMINAL_INTERVAL_S = 0.1
 PLAIN_INTERVAL_S = 10.0
+PLAIN_COLUMNS = 100
 
 
 class StatusLine:
@@ -41,10 +43,22 @@ class StatusLine:
         """Print a line that stays."""
         self._show(text, keep=True)
 
+    @property
+    def columns(self) -> int:
+        """Characters that a line has room for."""
+        return shutil.get_terminal_size().columns - 1 if self.is_terminal else PLAIN_COLUMNS
+
+    def fit(self, parts: Sequence[str]) -> str:
+        """The parts side by side, without those of the later ones that there is no room for."""
+        line, *more = parts
+        for part in more:
+            if len(line) + 2 + len(part) <= self.columns:
+                line += f"  {part}"
+        return line
+
     def _show(self, text: str, *, keep: bool) -> None:
         if self.is_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            text = "\r" + (text if keep else text[:width]) + "\x1b[K"
+            text = "\r" + (text if keep else text[: self.columns]) + "\x1b[K"
         self.stream.write(text + ("\n" if keep else ""))
         self.stream.flush()
 

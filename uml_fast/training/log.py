@@ -1,12 +1,14 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard events and a progress line.
+"""What a run writes while it trains: metrics.jsonl, TensorBoard events, Weights & Biases if asked
+for, and a progress line.
 
 ``metrics.jsonl`` has one JSON object a logged step: ``mode``, ``seed``, ``step``, and what was
 measured then: ``loss``, ``losses`` (per modality), ``val`` (the metric on validation data),
 ``tokens_per_s``, ``samples_per_s``, ``mfu`` (fraction of the measured peak), ``stall_pct``,
-``fill_pct``, ``lr``, ``grad_norm``, the groups of numbers of ``Meter.lap``, ``save_pct`` (part of
-the time so far that training waited for checkpoints), and where there are several ranks ``ranks``,
-``imbalance_pct``, ``wait_pct`` (by rank) and ``comm_pct`` (docs/distributed.md). A resumed trial
-first drops what it will log again, so the file reads as if the run had never stopped.
+``fill_pct``, ``memory_mib``, ``lr``, ``grad_norm``, the groups of numbers of ``Meter.lap``,
+``save_pct`` (part of the time so far that training waited for checkpoints), and where there are
+several ranks ``ranks``, ``imbalance_pct``, ``wait_pct`` (by rank) and ``comm_pct``
+(docs/distributed.md). A resumed trial first drops what it will log again, so the file reads as if
+the run had never stopped.
 """
 
 from __future__ import annotations
@@ -16,21 +18,16 @@ import json
 import logging
 import math
 import sys
-import time
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from uml_fast.runtime.files import replace_file
-from uml_fast.runtime.progress import StatusLine, duration
+from uml_fast.training.live import LiveLine, PlannedTrial
+from uml_fast.training.wandb_runs import WandbRuns
 
 logger = logging.getLogger(__name__)
-
-_STALL_NAMED_PCT = 1.0
-"""Stall from which on the progress line says its cause."""
 
 
 class RunFolderError(RuntimeError):
@@ -100,17 +97,10 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One training: a mode, a seed and its number of steps."""
-
-    mode: str
-    seed: int
-    steps: int
-
-
 class RunLog:
     """Log of one run. One trial at a time: ``begin``, ``write`` per logged step, ``end``.
+
+    ``tick`` after every step and ``evaluating`` behind the last one are for the progress line.
 
     Args:
         folder: run folder, created if missing.
@@ -118,18 +108,25 @@ class RunLog:
             nor the time left.
         stream: where the progress line goes; None: standard error. In a terminal one line is
             rewritten, elsewhere a line is printed about every 10 s.
+        wandb: takes every record as well.
 
     Raises:
         RunFolderError: here and in all methods, if the folder cannot be written.
     """
 
     def __init__(
-        self, folder: Path, trials: Sequence[Trial] = (), *, stream: TextIO | None = None
+        self,
+        folder: Path,
+        trials: Sequence[PlannedTrial] = (),
+        *,
+        stream: TextIO | None = None,
+        wandb: WandbRuns | None = None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
         with _naming(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self._progress = _Progress(trials, sys.stderr if stream is None else stream)
+        self._live = LiveLine(trials, sys.stderr if stream is None else stream)
+        self._wandb = wandb
         self._file: TextIO | None = None
         self._trial: tuple[str, int] | None = None
         self._events: Any = None
@@ -141,7 +138,7 @@ class RunLog:
         Lines of this trial behind that step are dropped, and so is a torn last line.
         """
         self.end()
-        self._progress.begin(mode, seed, resumed_step)
+        self._live.begin(mode, seed, resumed_step)
         lines = _lines(self.path)
         kept = [
             line
@@ -155,6 +152,8 @@ class RunLog:
             self._file = self.path.open("a", encoding="utf-8")
         self._trial = mode, seed
         self._events = self._open_events(mode, seed, resumed_step)
+        if self._wandb is not None:
+            self._wandb.begin(mode, seed)
 
     def write(
         self,
@@ -192,14 +191,26 @@ class RunLog:
             with _naming(self.path.parent / "tensorboard"):
                 for name, value in _scalars(record):
                     self._events.add_scalar(name, value, step)
-        self._progress.update(record)
+        if self._wandb is not None:
+            self._wandb.write(step, dict(_scalars(record)))
+        self._live.update(record)
 
-    def end(self) -> None:
-        """End the trial; the next ``begin`` starts another."""
+    def tick(self, step: int) -> None:
+        """Say that the trial has done its first ``step`` steps, logged or not."""
+        self._live.tick(step)
+
+    def evaluating(self) -> None:
+        """Say that the steps are done and the trial is measured."""
+        self._live.evaluating()
+
+    def end(self, result: Mapping[str, Any] | None = None) -> None:
+        """End the trial; the next ``begin`` starts another. ``result``: of one that is whole."""
         if self._trial is None:
             return
         self._trial = None
-        self._progress.end()
+        self._live.end(result or {})
+        if self._wandb is not None:
+            self._wandb.end({} if result is None else _numbers(result))
         if self._file is not None:
             with _naming(self.path):
                 self._file.close()
@@ -211,7 +222,7 @@ class RunLog:
 
     def note(self, text: str) -> None:
         """Print a line for the person without breaking the progress line."""
-        self._progress.note(text)
+        self._live.note(text)
 
     def __enter__(self) -> RunLog:
         return self
@@ -245,7 +256,13 @@ class SilentLog:
     def write(self, step: int, **metrics: object) -> None:
         """Nothing."""
 
-    def end(self) -> None:
+    def tick(self, step: int) -> None:
+        """Nothing."""
+
+    def evaluating(self) -> None:
+        """Nothing."""
+
+    def end(self, result: Mapping[str, Any] | None = None) -> None:
         """Nothing."""
 
     def note(self, text: str) -> None:
@@ -274,102 +291,7 @@ def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             yield name, value
 
 
-class _Progress:
-    """The progress line. Time left follows the rate of the last steps; trials to come are estimated
-    with the mean rate of ended trials of their mode, else with the present one."""
-
-    def __init__(self, trials: Sequence[Trial], stream: TextIO) -> None:
-        self.trials = list(trials)
-        self.status = StatusLine(stream)
-        self.index = -1
-        self.name = ""
-        self.latest: dict[str, Any] = {}
-        self.recent: deque[tuple[int, float]] = deque(maxlen=32)
-        self.start = (0, 0.0)
-        self.seconds_per_step: dict[str, float] = {}
-
-    def begin(self, mode: str, seed: int, resumed_step: int) -> None:
-        keys = [(t.mode, t.seed) for t in self.trials]
-        if self.trials and (mode, seed) not in keys:
-            raise ValueError(f"trial {mode} seed {seed} is not among the run's trials {keys}")
-        self.index = keys.index((mode, seed)) if self.trials else -1
-        self.name = f"{mode} seed {seed}"
-        self.latest = {"step": resumed_step, "mode": mode}
-        self.start = (resumed_step, time.monotonic())
-        self.recent.clear()
-        self.recent.append(self.start)
-        self.status.restart()
-
-    def update(self, record: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        self.latest |= record
-        self.recent.append((record["step"], now))
-        if self.status.is_due(now):
-            self.status.update(self._line())
-
-    def end(self) -> None:
-        step, since = self.start
-        took, done = time.monotonic() - since, self.latest["step"] - step
-        if done > 0:
-            self.seconds_per_step[self.latest["mode"]] = took / done
-        loss = self.latest.get("loss")
-        parts = [f"{self._head()}  {self.latest['step']} steps in {duration(took)}"]
-        parts += [f"loss {loss:.4g}"] if loss is not None else []
-        self.status.note("  ".join(parts))
-
-    def note(self, text: str) -> None:
-        self.status.note(text)
-
-    def _head(self) -> str:
-        return self.name if self.index < 0 else f"[{self.index + 1}/{len(self.trials)}] {self.name}"
-
-    def _line(self) -> str:
-        r = self.latest
-        parts = [self._head()]
-        if self.index < 0:
-            parts.append(f"step {r['step']}")
-        else:
-            parts.append(f"step {r['step']}/{self.trials[self.index].steps}")
-            left = self._left()
-            if left is not None:
-                parts.append(f"left {duration(left[0])}, run {duration(left[1])}")
-        if r.get("loss") is not None:
-            parts.append(f"loss {r['loss']:.4g}")
-        if r.get("tokens_per_s") is not None:
-            parts.append(f"{_count(r['tokens_per_s'])} tokens/s")
-        if r.get("mfu") is not None:
-            parts.append(f"MFU {100 * r['mfu']:.0f} %")
-        if r.get("stall_pct") is not None:
-            parts.append(f"stall {r['stall_pct']:.1f} %{_stalled_on(r)}")
-        if r.get("imbalance_pct") is not None:
-            parts.append(f"imbalance {r['imbalance_pct']:.1f} %")
-        if r.get("comm_pct") is not None:
-            parts.append(f"exchange {r['comm_pct']:.0f} %")
-        if (r.get("stages") or {}).get("ready") is not None:
-            parts.append(f"ready {r['stages']['ready']:.0f} %")
-        return "  ".join(parts)
-
-    def _left(self) -> tuple[float, float] | None:
-        """Seconds left of the trial and of the run; None before there is a rate."""
-        (step_0, time_0), (step_1, time_1) = self.recent[0], self.recent[-1]
-        if step_1 <= step_0:
-            return None
-        rate = (time_1 - time_0) / (step_1 - step_0)
-        trial = rate * max(0, self.trials[self.index].steps - step_1)
-        later = self.trials[self.index + 1 :]
-        return trial, trial + sum(t.steps * self.seconds_per_step.get(t.mode, rate) for t in later)
-
-
-def _stalled_on(record: Mapping[str, Any]) -> str:
-    """What most of a stall that matters was for: a modality, or a stage of the loader."""
-    causes = record.get("stall_ms") or {}
-    if record["stall_pct"] < _STALL_NAMED_PCT or not causes:
-        return ""
-    return f" ({max(causes, key=lambda name: causes[name])})"
-
-
-def _count(value: float) -> str:
-    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.3g}{suffix}"
-    return f"{value:.3g}"
+def _numbers(result: Mapping[str, Any]) -> dict[str, float]:
+    """What was measured of a trial, by names as those of logged records."""
+    kept = {k: v for k, v in result.items() if k not in ("mode", "seed", "steps")}
+    return {k: v for k, v in _scalars(kept) if isinstance(v, (int, float))}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,7 +90,8 @@ def combine(laps: Sequence[Lap]) -> Lap:
     """The laps of all ranks as one: rates add up, times and shares are averaged.
 
     ``imbalance_pct`` is what the ranks had less to do, on average, than the one with most tokens;
-    ``wait_pct`` is by rank: who waits least is who the others wait for.
+    ``wait_pct`` is by rank: who waits least is who the others wait for. ``memory_mib`` is that of
+    the rank with most.
     """
     if len(laps) == 1:
         return laps[0]
@@ -101,7 +106,20 @@ def combine(laps: Sequence[Lap]) -> Lap:
         else:
             total = sum(v for v in values if not isinstance(v, dict))
             out[name] = total if name.endswith("_per_s") else total / len(laps)
-    return out
+    memory = [m for m in (lap.get("memory_mib") for lap in laps) if isinstance(m, float)]
+    return out | ({"memory_mib": max(memory)} if memory else {})
+
+
+def memory_mib(device: torch.device) -> float:
+    """Most MiB that tensors took on a GPU so far, or what this process holds in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no Linux: the most it ever held, KiB there, bytes on macOS
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most / 2**20 if sys.platform == "darwin" else most / 2**10
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Meter:
@@ -115,7 +133,7 @@ class Meter:
         loader: Loader,
         device: torch.device,
     ) -> None:
-        self.loader = loader
+        self.loader, self.device = loader, device
         self.flops = {s.name: flops_per_row(model, config, s) for s in sources}
         dtype = resolve_dtype(config.precision, device)
         self.peak = measured_peak(device, dtype)
@@ -147,6 +165,7 @@ class Meter:
             "stall_pct": 100 * (stats["stall_s"] - before["stall_s"]) / seconds,
             "fill_pct": 100 * stats["fill"],
             "queue_occupancy": stats["occupancy"],
+            "memory_mib": memory_mib(self.device),
         }
         if self.datasheet:
             out["mfu_datasheet"] = useful / self.datasheet

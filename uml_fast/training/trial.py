@@ -143,6 +143,7 @@ class Trial:
                     flags = (bool(stop), goes_on)
                     result = self.train_step(last, self.step, flags, *before)
                 after_step()
+                log.tick(self.step + 1)
                 held = [(p.layout, p.sample_S.clone()) for p in (*before, last)]
                 self.unchecked.append((self.step, result.loss, held))
                 self.step += 1
@@ -170,8 +171,10 @@ class Trial:
                     self.saver.wait()
                     raise Stopped
             self.saver.wait()
-        log.end()
-        return self._result()
+        log.evaluating()
+        measured = self._result()
+        log.end(measured)
+        return measured
 
     def _loader(self, trace: Trace | None) -> Loader:
         return Loader(
