@@ -41,7 +41,7 @@ if [[ $cuda == AUTO ]]; then
 fi
 
 failed=0
-step 120 "tests of the step" "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py || failed=1
+step 120 "tests of the step" "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/training/test_gpu_step.py || failed=1
 if [[ $cuda == ON ]]; then
   step 90 "step" "$python" -m pytest -q -p no:cacheprovider bench/step.py || failed=1
   step 30 "tests of the grid" "$python" -m pytest -q -p no:cacheprovider -m gpu tests/grid || failed=1

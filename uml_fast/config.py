@@ -230,6 +230,9 @@ class RunConfig:
     """dtype of matrix products; auto: bf16 where the device multiplies it natively, else fp32."""
     compile: bool = False
     """Compile the step with torch.compile; shapes are fixed, so it compiles once per layout."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Capture a step as one CUDA graph and launch that: one launch in place of one for each kernel.
+    auto: where one process trains on a GPU, if the step can be captured; on: it must be."""
     log_every: int = 20
     """Steps between lines in metrics.jsonl."""
     wandb: str | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.distributed.on_ranks import run_ranks
 from tests.distributed.test_distributed import SAMPLES, pack, step_config, whole
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_prediction
 from uml_fast import train
 from uml_fast.config import ConfigError, DistConfig, OptimConfig, RunConfig
 from uml_fast.distributed.ranks import ALONE, Ranks, join_ranks
@@ -237,6 +240,94 @@ def test_the_average_of_shards_is_kept_in_parts(tmp_path: Path) -> None:
     first, second = run_ranks(average_in_shards, 2, tmp_path / "log", tmp_path / "run")
     assert all(np.array_equal(first[n], second[n]) for n in first)
     assert (tmp_path / "run/checkpoints/step-000000003").is_dir()
+
+
+WAITS = {
+    "aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero",
+    "aten.equal", "aten._unique2", "aten.unique_consecutive", "aten.unique_dim",
+    "aten.repeat_interleave.Tensor",
+}  # fmt: skip
+"""Operators whose result, or its shape, the host has to wait for."""
+READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"}
+"""Methods of tensors that do."""
+
+
+def caller() -> str:
+    """The innermost file of uml_fast that runs now."""
+    inside = [f.filename for f in traceback.extract_stack() if "/uml_fast/" in f.filename]
+    return inside[-1].rpartition("/uml_fast/")[2] if inside else ""
+
+
+class Waits(TorchDispatchMode):
+    """Notes where the host would wait for a device.
+
+    Kernels look at the values of CPU tensors to check them, and at no others; those do not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._methods = Reads(self.found)
+
+    def __enter__(self) -> Waits:
+        self._methods.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._methods.__exit__(*error)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = str(function)
+        by_mask = name.startswith("aten.index") and any(
+            isinstance(t, Tensor) and t.dtype == torch.bool
+            for given in args if isinstance(given, list | tuple) for t in given
+        )  # fmt: skip
+        if by_mask or name in WAITS or name.rpartition(".")[0] in WAITS:
+            note(self.found, name)
+        return function(*args, **(kwargs or {}))
+
+
+class Reads(TorchFunctionMode):
+    """Notes values that Python asks tensors for."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        if name in READS:
+            note(self.found, name)
+        return function(*args, **(kwargs or {}))
+
+
+def note(found: list[str], name: str) -> None:
+    where = caller()
+    if not where.startswith("kernels/"):
+        found.append(f"{name} in {where}")
+
+
+@pytest.mark.parametrize("make", [tiny, tiny_prediction])
+@pytest.mark.parametrize("packs", [1, 2])
+def test_no_step_waits_for_the_device(make: Any, packs: int) -> None:
+    config = accumulating(make(), packs, ema=0.9, clip_norm=1.0)
+    task = config.load(0, "uml")
+    batches = cut(config, task)[:packs]
+    step = TrainStep(build_model(config, task, 5), config, 0)
+    step(batches[-1], 0, (), *batches[:-1])
+    with Waits() as waits:
+        result = step(batches[-1], 1, (True,), *batches[:-1])
+    assert not waits.found
+    with waits:
+        assert float(result.loss) > 0
+        assert result.loss.new_ones(3)[torch.ones(3, dtype=torch.bool)].tolist()
+    assert {x.split()[0] for x in waits.found} >= {"__float__", "aten.index.Tensor", "tolist"}
 
 
 def test_epochs_are_counted_in_packs(tmp_path: Path) -> None:

@@ -110,12 +110,20 @@ class PackedBatch:
         """The same pack in memory of its own."""
         return self._each(torch.clone)
 
-    def _each(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
-        return PackedBatch(
-            self.layout, tuple(function(r) for r in self.raw), function(self.offsets_S1),
-            function(self.modality_S), function(self.label_S), function(self.sample_S),
-            function(self.position_T), function(self.segment_T),
+    def copy_(self, other: PackedBatch) -> None:
+        """Take over the contents of a pack of the same layout."""
+        for own, given in zip(self._tensors(), other._tensors(), strict=True):
+            own.copy_(given, non_blocking=True)
+
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return (
+            *self.raw, self.offsets_S1, self.modality_S, self.label_S, self.sample_S,
+            self.position_T, self.segment_T,
         )  # fmt: skip
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+        made = [function(t) for t in self._tensors()]
+        return PackedBatch(self.layout, tuple(made[: len(self.raw)]), *made[len(self.raw) :])
 
     def valid_T(self) -> Tensor:
         """bool (T,) True for rows of samples, False for padding."""

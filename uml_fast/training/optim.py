@@ -10,13 +10,20 @@ from torch import Tensor, nn
 
 from uml_fast.config import OptimConfig
 from uml_fast.distributed.parallel import like, local
+from uml_fast.distributed.ranks import ALONE, Ranks
 
 RELEASED_FIRST_RATE = 1e-5
 """Learning rate of step 0 in the authors' code, whatever the rate of the others."""
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Adam or AdamW, fused; matrices decay, vectors and position tables do not."""
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, ranks: Ranks = ALONE
+) -> torch.optim.Optimizer:
+    """Adam or AdamW, fused; matrices decay, vectors and position tables do not.
+
+    In one process the learning rate is a tensor, so that a CUDA graph reads it anew in each step
+    (fp32 there, as the kernel takes it; on a CPU fp64, the same bits as a float).
+    """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -27,7 +34,31 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         {"params": plain, "weight_decay": 0.0},
     ]
     kind = torch.optim.AdamW if config.kind == "adamw" else torch.optim.Adam
-    return kind([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
+    lr: float | Tensor = config.lr
+    if ranks.world == 1:
+        device = next(model.parameters()).device
+        dtype = torch.float32 if device.type == "cuda" else torch.float64
+        lr = torch.tensor(config.lr, dtype=dtype, device=device)
+    return kind([g for g in groups if g["params"]], lr=lr, betas=config.betas, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer) -> None:
+    """Move the weights by their gradients, which are dropped."""
+    # Adam asks for the flag where it is captured and warns of it elsewhere; fused, it does the same
+    is_capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    for group in optimizer.param_groups:
+        group["capturable"] = is_capturing
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give the optimiser the learning rate of a step, without waiting for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

@@ -28,7 +28,8 @@ from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import Layout, PackedBatch
 from uml_fast.packing.schedule import hash64, stream_key
 from uml_fast.runtime.profiling import phase
-from uml_fast.training.optim import Average, build_optimizer, learning_rate
+from uml_fast.training.graph import Replays, is_wanted
+from uml_fast.training.optim import Average, build_optimizer, learning_rate, set_rate, update
 
 _DROPOUT = stream_key("dropout masks")
 """Stream of dropout in ``hash64``; no modality has this name, which is not an identifier."""
@@ -48,6 +49,14 @@ class StepResult:
     flags: Tensor | None
     """(k,) on how many of several ranks each of the step's flags was set."""
 
+    def copied(self) -> StepResult:
+        """The same scalars in memory of their own; one kernel."""
+        own = [self.loss, *self.parts.values()]
+        own += [] if self.grad_norm is None else [self.grad_norm]
+        loss, *parts = torch.stack(own).unbind()
+        norm = None if self.grad_norm is None else parts.pop()
+        return StepResult(loss, dict(zip(self.parts, parts, strict=True)), norm, self.flags)
+
 
 class TrainStep:
     """The model with its optimiser. A step is a function of (weights, packs, step) alone."""
@@ -58,7 +67,10 @@ class TrainStep:
         self.config = config
         self.seed = seed
         device = next(model.parameters()).device
-        self.rng_key = torch.zeros(1, dtype=torch.int64, device=device)
+        self._device = device
+        self._keys = [
+            torch.zeros(1, dtype=torch.int64, device=device) for _ in range(config.optim.accumulate)
+        ]
         self._programs: set[tuple[Layout, frozenset[str]]] = set()
         function: LossFunction = losses
         if config.compile:
@@ -66,9 +78,12 @@ class TrainStep:
             function = torch.compile(losses, dynamic=False, fullgraph=True)
         self._own = Losses(model, config, function)
         self._losses = distribute(self._own, config, ranks, device)
-        self.optimizer = build_optimizer(model, config.optim)
+        self.optimizer = build_optimizer(model, config.optim, ranks)
         self._names = [name for name, _ in model.named_parameters()]
         self.average = Average(model, config.optim.ema) if config.optim.ema else None
+        self._replays: Replays[StepResult] | None = None
+        if is_wanted(config, ranks, device):
+            self._replays = Replays(self._step, device, must=config.cuda_graph == "on")
         self._graphs_before = _graphs()
         self.waited_s = 0.0
         """Seconds in which this rank waited for the forward pass of slower ones (on CPUs)."""
@@ -106,33 +121,44 @@ class TrainStep:
             packs = tuple(release_batch(pack) for pack in packs)
         self._freeze_for(step)
         self._programs.update((pack.layout, self.model.frozen) for pack in packs)
+        self._set_for(step)
+        if self._replays is not None:
+            return self._replays(packs, self.model.frozen)
+        return self._step(packs, flags)
+
+    def _step(self, packs: Sequence[PackedBatch], flags: tuple[bool, ...] = ()) -> StepResult:
+        """The step itself: all that a CUDA graph of it replays."""
         if len(packs) == self.ranks.world == 1:
-            parts = self._forward(batch, step, 0)
+            parts = self._forward(packs[0], self._keys[0])
             loss, set_on = total(parts, self.config), None
             with phase("backward"):
                 loss.backward()
         else:
             with talking() if self.ranks.world > 1 else contextlib.nullcontext():
-                loss, parts, set_on = self._over_ranks(packs, step, flags)
+                loss, parts, set_on = self._over_ranks(packs, flags)
         with phase("optimizer"):
             norm = None
             if self.config.optim.clip_norm:
                 norm = clip(self.model.parameters(), self.config.optim.clip_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(step, self.config.steps, self.config.optim)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            update(self.optimizer)
             if self.average is not None:
                 self.average.update()
         return StepResult(loss.detach(), {k: v.detach() for k, v in parts.items()}, norm, set_on)
 
-    def _forward(self, batch: PackedBatch, step: int, index: int) -> dict[str, Tensor]:
-        """The losses of one of the step's packs, with dropout as of a rank of its own."""
-        number = self.ranks.rank * self.config.optim.accumulate + index
-        key = hash64(self.seed, _DROPOUT, number, np.array([step]))
-        self.rng_key.fill_(int(key[0] >> 1))
+    def _set_for(self, step: int) -> None:
+        """Fill in what a step takes besides packs: a dropout key for each, the learning rate.
+
+        A pack's key is that of a rank of its own.
+        """
+        first = self.ranks.rank * len(self._keys)
+        for index, key in enumerate(self._keys):
+            drawn = hash64(self.seed, _DROPOUT, first + index, np.array([step]))
+            key.fill_(int(drawn[0] >> 1))
+        set_rate(self.optimizer, learning_rate(step, self.config.steps, self.config.optim))
+
+    def _forward(self, batch: PackedBatch, key: Tensor) -> dict[str, Tensor]:
         with phase("forward"):
-            parts: dict[str, Tensor] = self._losses(batch, self.rng_key)
+            parts: dict[str, Tensor] = self._losses(batch, key)
         return parts
 
     def _freeze_for(self, step: int) -> None:
@@ -140,10 +166,10 @@ class TrainStep:
         before = self.model.frozen
         self.model.freeze_for(step)
         if self.model.frozen != before:
-            self._losses = distribute(self._own, self.config, self.ranks, self.rng_key.device)
+            self._losses = distribute(self._own, self.config, self.ranks, self._device)
 
     def _over_ranks(
-        self, packs: Sequence[PackedBatch], step: int, flags: tuple[bool, ...]
+        self, packs: Sequence[PackedBatch], flags: tuple[bool, ...]
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
         """Forward and backward of this rank's part of the step's loss, pack by pack.
 
@@ -152,17 +178,17 @@ class TrainStep:
         step waits for either.
         """
         names = [m.name for m in self.config.modalities]
-        none = torch.zeros((), device=self.rng_key.device)
+        none = torch.zeros((), device=self._device)
         counted = [counts(self.model, pack, self.config) for pack in packs]
         count_KM = torch.stack([_stack(own, names, none) for own in counted])
         flag_F = [none.new_full((1,), float(flag)) for flag in flags]
         sums = torch.cat([count_KM.sum(0), *flag_F])
         wait = self.ranks.start_sum(sums)
         part_M, weight_KM = torch.zeros_like(count_KM[0]), count_KM
-        for k, pack in enumerate(packs):
+        for k, (pack, key) in enumerate(zip(packs, self._keys, strict=True)):
             is_last = k == len(packs) - 1
             with summing(self._losses, is_last):
-                parts = self._forward(pack, step, k)
+                parts = self._forward(pack, key)
                 if k == 0:
                     begin = time.perf_counter()
                     wait()
