@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.doctor import pip_line
 from uml_fast.recipes import DEFAULT, describe, load_recipe, unknown
+from uml_fast.runtime.launcher import tell_launcher
 
 if TYPE_CHECKING:
     from uml_fast.grid.run import GridConfig
@@ -69,6 +70,7 @@ def run_main(function: Main, argv: list[str] | None = None) -> int:
         return 141
     except Exception as error:
         message = _explain(error)
+        tell_launcher(message or f"{type(error).__name__}: {error} (its traceback is above)")
         if message is None or os.environ.get("UML_DEBUG") == "1":
             raise
         print(f"error: {message}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from uml_fast.cli import run_main
 from uml_fast.config import require
-from uml_fast.cost.scaling import CHIPS, Cluster, Network, Prediction, Stream, predict
+from uml_fast.cost.scaling import BETWEEN, CHIPS, Cluster, Network, Prediction, Stream, predict
 from uml_fast.model.transformer import vit
 from uml_fast.recipes import unknown
 
@@ -164,7 +164,7 @@ def _per_sample(config: PlanConfig, stream: Stream) -> float:
 
 def _remedy(config: PlanConfig, p: Prediction) -> str:
     """The token budget that fits, or that sharding is needed."""
-    room = _SAFE * CHIPS[config.gpu].memory_gib * (1 << 30) / 1.1 - p.states_bytes
+    room = _SAFE * CHIPS[config.gpu].memory_gib * (1 << 30) / BETWEEN - p.states_bytes
     fits = int(room / p.activations_bytes * config.tokens) // 1024 * 1024
     if fits >= 1024:
         return f"--tokens {fits}"

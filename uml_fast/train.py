@@ -18,11 +18,12 @@ from typing import Any
 from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
-from uml_fast.distributed.ranks import Ranks, join_ranks
+from uml_fast.distributed.parallel import check_groups
+from uml_fast.distributed.ranks import Ranks, join_ranks, one_voice
 from uml_fast.experiment.dry_run import dry_run
 from uml_fast.experiment.run import check_alike, locked, open_run, to_json
 from uml_fast.experiment.summary import describe_samples, summarise
-from uml_fast.experiment.train_heads import train_heads
+from uml_fast.experiment.train_heads import check_alone, train_heads
 from uml_fast.grid.run import GridConfig
 from uml_fast.report import print_table, write_report
 from uml_fast.report.probes import probe_lines
@@ -52,8 +53,9 @@ def train(config: RunConfig | GridConfig) -> Path | None:
     """
     if isinstance(config, GridConfig):
         return train_heads(config)
-    config = resolve(config)
     with join_ranks(config.device, config.dist.timeout_s) as ranks:
+        check_groups(config.dist, ranks.world)
+        config = resolve(config)
         check_alike(config, ranks)
         folder = ranks.from_first(lambda: _open(config))
         with locked(folder) if ranks.is_first else contextlib.nullcontext():
@@ -183,7 +185,10 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.train``; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_dry = "--dry-run" in arguments
-    config = parse([a for a in arguments if a != "--dry-run"], "python -m uml_fast.train")
+    with one_voice():
+        config = parse([a for a in arguments if a != "--dry-run"], "python -m uml_fast.train")
+        if isinstance(config, GridConfig):
+            check_alone()
     if not is_dry:
         train(config)
     elif isinstance(config, GridConfig):

@@ -23,6 +23,8 @@ CROSSINGS = 4
 and residuals fused."""
 STATE_BYTES = 16
 """Bytes per parameter that training holds: weight, gradient and two moments, all fp32."""
+BETWEEN = 1.1
+"""Memory of a rank over that of states and activations: a tenth for what is between."""
 OPTIMIZER_TRAFFIC = 28
 """Bytes per parameter and step: weight, two moments and gradient read, three of them written."""
 
@@ -229,8 +231,8 @@ class Prediction:
 
     @property
     def memory_bytes(self) -> float:
-        """Memory of the rank: states, activations and a tenth for what is between."""
-        return 1.1 * (self.states_bytes + self.activations_bytes)
+        """Memory of the rank: states, activations and what is between."""
+        return BETWEEN * (self.states_bytes + self.activations_bytes)
 
 
 def predict(

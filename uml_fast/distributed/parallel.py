@@ -111,6 +111,15 @@ def _leaves(losses: Any) -> set[int]:
     return found
 
 
+def check_groups(config: DistConfig, world: int) -> None:
+    """Raise ConfigError where the groups of ``shard_ranks`` do not come out even."""
+    require(
+        world == 1 or not config.shard_ranks or world % config.shard_ranks == 0,
+        f"{world} ranks cannot be divided into groups of dist.shard_ranks {config.shard_ranks}; "
+        "start a multiple of them, or use --dist.shard-ranks 0",
+    )
+
+
 def choose(config: DistConfig, model: nn.Module, ranks: Ranks, device: torch.device) -> str:
     """``ddp`` or ``fsdp``; what ``auto`` means for this model on these ranks.
 
@@ -119,11 +128,7 @@ def choose(config: DistConfig, model: nn.Module, ranks: Ranks, device: torch.dev
     """
     if ranks.world == 1:
         return "ddp"
-    require(
-        not config.shard_ranks or ranks.world % config.shard_ranks == 0,
-        f"{ranks.world} ranks cannot be divided into groups of dist.shard_ranks "
-        f"{config.shard_ranks}; start a multiple of them, or use --dist.shard-ranks 0",
-    )
+    check_groups(config, ranks.world)
     if config.strategy != "auto":
         return config.strategy
     if config.shard_ranks:

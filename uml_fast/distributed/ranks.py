@@ -4,10 +4,6 @@
 them a process is the one rank of one, and everything here is free. Tensors go through gloo on the
 CPU and NCCL on CUDA.
 
-Gradients are summed in buckets of our own, not by DistributedDataParallel: under ``alternate`` and
-``warmup`` ranks may hold packs of other modalities in the same step, for which DDP walks the graph
-in every step, and what no rank has a gradient of must stay without one.
-
 When a rank fails, the others notice that it is gone, and end too; the error that came first is the
 only one shown.
 """
@@ -15,9 +11,13 @@ only one shown.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
+import re
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -29,16 +29,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from uml_fast.config import ConfigError
+from uml_fast.runtime.launcher import tell_launcher
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=30)
 """How long ranks wait for what the first one alone does, such as an evaluation."""
 BUCKET_BYTES = 25 << 20
-"""Gradients summed at a time: DDP's size, large enough for the bandwidth of NVLink."""
+"""Weights copied at a time: large enough for the bandwidth of NVLink."""
 _NAMING_S = 30.0
 """Seconds for naming the rank that hangs, before sums with it fail."""
 _POLL_S = 0.02
+_OF_THE_CONNECTION = re.compile(
+    r"gloo|nccl|^Dist\w*Error|connection|by peer|socket|timed? ?out|process group", re.IGNORECASE
+)
+"""In type and message of the errors with which PyTorch says that a rank cannot be reached: gloo's
+are plain RuntimeErrors, as are those of a model that fails."""
 _END_S = 20.0
 """Seconds that a rank leaves the one that failed first for closing and showing its error."""
 
@@ -148,25 +154,15 @@ def join_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
     if world == 1 or "RANK" not in os.environ:
         yield ALONE
         return
-    on_cuda = torch.cuda.is_available() and device != "cpu"
-    if on_cuda:
-        _choose_gpu(device)
     wait = timedelta(seconds=timeout_s)
     served, rank, world = _meet(wait)
     served.set_timeout(wait)
     start = _agree_on_start(served, rank, world, timeout_s)
     store = dist.PrefixStore(start, served)
-    shared = dist.PrefixStore("ranks", store)
-    # a step that hangs is named (watch.py) before a sum that waits for it gives up
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=shared, rank=rank, world_size=world,
-        timeout=wait + timedelta(seconds=_NAMING_S),
-    )  # fmt: skip
-    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     if rank > 0:
         logging.getLogger("uml_fast").setLevel(logging.WARNING)
     try:
+        patient = _join(dist.PrefixStore("ranks", store), rank, world, device, wait)
         yield Ranks(rank, world, _own_connection(served, start), patient)
     except (Exception, KeyboardInterrupt):
         if _is_first_error(store, rank):
@@ -176,16 +172,88 @@ def join_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
+def _join(
+    store: dist.Store, rank: int, world: int, device: str, wait: timedelta
+) -> dist.ProcessGroup:
+    """Make the group through which ranks exchange tensors; returns the patient one beside it."""
+    on_cuda = torch.cuda.is_available() and device != "cpu"
+    if on_cuda:
+        _choose_gpu(device)
+    elif device.partition(":")[0] == "cuda":
+        raise ConfigError(
+            f"device {device!r}: torch sees no CUDA device; uml-fast doctor says why. Train on "
+            "CPUs with --device cpu"
+        )
+    # a step that hangs is named (watch.py) before a sum that waits for it gives up
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=store, rank=rank, world_size=world, timeout=wait + timedelta(seconds=_NAMING_S),
+    )  # fmt: skip
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Of ranks that fail before they have met, the first one says why, once for all.
+
+    What is printed meanwhile is held back until it is known who speaks.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no torchrun, no store to ask
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            yield
+    except BaseException as end:
+        is_failure = not isinstance(end, SystemExit) or bool(end.code)
+        if not _speaks_early():
+            time.sleep(_END_S if is_failure else 0)
+            raise SystemExit(int(is_failure)) from None
+        print(said.getvalue(), end="", file=sys.stderr if is_failure else sys.stdout, flush=True)
+        if isinstance(end, SystemExit) and is_failure:
+            words = re.sub(r"-{3,}|[\u2500-\u257f]", " ", said.getvalue()).split()
+            tell_launcher(" ".join(words))
+        raise
+
+
+def _speaks_early() -> bool:
+    """Whether this rank is the first of its start to ask."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        store = dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_END_S)
+        )
+    except RuntimeError:
+        return True
+    return _is_first_error(dist.PrefixStore(f"early {attempt}", store), int(os.environ["RANK"]))
+
+
 def _meet(wait: timedelta) -> tuple[dist.Store, int, int]:
     """The store that all ranks share, this rank and their number, as torchrun says it."""
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+    def explain(reason: str) -> str:
+        return (
+            f"no meeting of the ranks at {where} ({reason}). Start them with torchrun; if the port "
+            "is in use, name another one (torchrun --master-port)"
+        )
+
+    def give_up() -> None:
+        print(f"error: {explain('who listens there does not answer')}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    # a store's constructor waits without end for what listens on its port and is no store
+    watch = threading.Timer(wait.total_seconds() + _END_S, give_up)
+    watch.daemon = True
+    watch.start()
     try:
         return next(dist.rendezvous("env://", timeout=wait))
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise RanksError(
-            f"no meeting of the ranks at {where} ({str(error).splitlines()[0]}). Start them with "
-            "torchrun; if the port is in use, name another one (torchrun --master-port)"
-        ) from error
+        raise RanksError(explain(str(error).splitlines()[0])) from error
+    finally:
+        watch.cancel()
 
 
 def _agree_on_start(store: dist.Store, rank: int, world: int, timeout_s: float) -> str:
@@ -247,6 +315,9 @@ def _is_first_error(store: dist.Store, rank: int) -> bool:
 
 def _wait_for_end() -> None:
     """Wait until the rank that failed first is gone: torchrun ends all when one does."""
+    if not dist.is_initialized():
+        time.sleep(_END_S)
+        return
     with contextlib.suppress(RuntimeError):
         work = dist.all_reduce(torch.zeros(1), async_op=True)
         work.wait(timedelta(seconds=_END_S))
@@ -254,9 +325,12 @@ def _wait_for_end() -> None:
 
 @contextlib.contextmanager
 def talking() -> Iterator[None]:
+    """Turn what a connection to another rank fails with into RanksError; others pass through."""
     try:
         yield
     except RuntimeError as error:
+        if not _OF_THE_CONNECTION.search(f"{type(error).__name__}: {error}"):
+            raise
         raise RanksError(
             f"another rank is gone or does not answer ({str(error).splitlines()[0]}). If nothing "
             "else is said above, it was killed: look for a lack of memory; the same command "

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import TracebackType
 
 from uml_fast.distributed.ranks import Ranks
+from uml_fast.runtime.launcher import tell_launcher
 
 _BEAT_S = 0.5
 _ANSWER_S = 5.0
@@ -120,7 +121,9 @@ class Watch:
             time.sleep(_BEAT_S / 10)
         answers = [json.loads(store.get(k)) if store.check([k]) else None for k in keys]
         if self.ranks.rank == next(r for r, a in enumerate(answers) if a is not None):
-            print(f"error: {self._explain(answers)}", file=sys.stderr, flush=True)
+            explained = self._explain(answers)
+            tell_launcher(explained)
+            print(f"error: {explained}", file=sys.stderr, flush=True)
         time.sleep(_BEAT_S)  # the first to end takes the others with it
         os._exit(1)
 

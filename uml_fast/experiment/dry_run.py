@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-import torch
-
 from uml_fast.config import RunConfig
-from uml_fast.cost.scaling import Network
 from uml_fast.distributed.parallel import choose
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.experiment.run import to_json
-from uml_fast.model.transformer import TransformerConfig
-from uml_fast.packing.pack import Layout
 from uml_fast.runtime.device import resolve_device, resolve_dtype
+from uml_fast.training.memory import kept_bytes
 from uml_fast.training.start import build_model, plan_mix, resolve
 
 _MIB = 2**20
@@ -59,18 +55,6 @@ def _lines(run: RunConfig, mode: str, world: int) -> Iterator[str]:
     yield f"    optimiser {8 * count / parts / _MIB:,.1f} MiB"
     if config.optim.ema:
         yield f"    averaged weights {4 * count / parts / _MIB:,.1f} MiB"
-    kept = _kept(config, max(layouts, key=lambda layout: layout.rows), dtype)
+    kept = kept_bytes(config, max(layouts, key=lambda layout: layout.rows), dtype)
     if kept is not None:
         yield f"    activations {kept / _MIB:,.1f} MiB (uml-fast plan says more)"
-
-
-def _kept(config: RunConfig, layout: Layout, dtype: torch.dtype) -> float | None:
-    """Bytes of a pack's activations; None for a backbone without an estimate."""
-    b = config.backbone
-    if not isinstance(b, TransformerConfig):
-        return None
-    network = Network(
-        width=b.width, layers=b.layers, feed_forward=b.feed_forward,
-        gated=b.activation == "swiglu",
-    )  # fmt: skip
-    return network.kept(dtype.itemsize) * layout.rows

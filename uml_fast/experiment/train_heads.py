@@ -35,6 +35,14 @@ class _Stopped(Exception):
     """The run was asked to stop; all that was finished is kept."""
 
 
+def check_alone() -> None:
+    """Raise ConfigError where torchrun started several processes."""
+    require(
+        int(os.environ.get("WORLD_SIZE", "1")) == 1,
+        "a grid of heads trains in one process; start it without torchrun",
+    )
+
+
 def train_heads(config: GridConfig) -> Path | None:
     """Train (or continue) a grid; returns its folder, or None if asked to stop before the end.
 
@@ -42,10 +50,7 @@ def train_heads(config: GridConfig) -> Path | None:
         ConfigError, DataError: the configuration or the features cannot be used.
         RunFolderError: the run folder cannot be written, or holds another run.
     """
-    require(
-        int(os.environ.get("WORLD_SIZE", "1")) == 1,
-        "a grid of heads trains in one process; start it without torchrun",
-    )
+    check_alone()
     cells = list(config.cells())
     data = LoadedData(config.data, config.modalities)
     if not (config.folder / "run.json").exists():

@@ -36,6 +36,7 @@ from uml_fast.training.measure import (
     pack_source,
     run_metric,
 )
+from uml_fast.training.memory import explained
 from uml_fast.training.meter import Meter, combine
 from uml_fast.training.optim import learning_rate, load_optimizer_tensors, optimizer_tensors
 from uml_fast.training.saving import Saver, hold, load_on_all
@@ -128,6 +129,7 @@ class Trial:
         with (
             self._loader(trace) as loader,
             Watch(self.ranks, config.dist.timeout_s, self.folder) as watch,
+            self._memory_explained(),
         ):
             self._resume(loader)
             log.begin(self.mode, self.seed, resumed_step=self.step)
@@ -187,6 +189,13 @@ class Trial:
         """The packs of a step; the loader's last one holds until the next is asked for."""
         before = [next(loader)[0].clone() for _ in range(self.config.optim.accumulate - 1)]
         return before, next(loader)[0]
+
+    def _memory_explained(self) -> contextlib.AbstractContextManager[None]:
+        strategy = choose(self.config.dist, self.model, self.ranks, self.device)
+        return explained(
+            self.config, self.model, self.layouts, self.device, self.ranks, strategy,
+            lambda: f"step {self.step + 1} of {self.mode} seed {self.seed}",
+        )  # fmt: skip
 
     def _is_over(self, loader: Loader, after: int = 0) -> bool:
         """Whether ``after`` more steps are all, or the modality that the trial stops with ends."""
