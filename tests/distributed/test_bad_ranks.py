@@ -49,10 +49,10 @@ def no_memory_in_forward() -> None:
     """As ``no_memory``, where the ranks also talk."""
     call = TrainStep._over_ranks
 
-    def full(self: TrainStep, batch: PackedBatch, flags: Any) -> Any:
+    def full(self: TrainStep, *rest: Any) -> Any:
         if is_second():
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return call(self, batch, flags)
+        return call(self, *rest)
 
     TrainStep._over_ranks = full  # type: ignore[method-assign]
 
@@ -60,7 +60,7 @@ def no_memory_in_forward() -> None:
 def defect() -> None:
     """The model of the second rank has an error."""
 
-    def broken(self: TrainStep, batch: PackedBatch, flags: Any) -> Any:
+    def broken(self: TrainStep, *rest: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     if is_second():
