@@ -11,11 +11,50 @@ namespace {
 constexpr int64_t kRowsPerChunk = 32;
 constexpr int64_t kRowsPerTranspose = 128;
 
-UML_INLINE Vec activate(Activation activation, Vec x) {
-  if (activation == Activation::relu) return x > 0.0f ? x : x != x ? x : Vec{};
+// Coefficients of p in 1/2 + x p(u), u = 2 (x / 5)^2 - 1, fitted on |x| <= 5 (largest error 9e-7
+// for the normal distribution function, 1.3e-5 for the slope of GELU) and exact at 5, where both
+// are 0 or 1 to 3e-7 and 8e-6. For bf16, which rounds at 2e-3: no division and no exponential, so
+// GELU takes a quarter of the time.
+constexpr float kNormal[] = {0.141363605f,   -0.0702979221f,  0.0515350447f,  -0.0404043133f,
+                             0.0312567861f,  -0.0235136402f,  0.0172614508f,  -0.0105346985f,
+                             0.00462125263f, -0.00338474959f, 0.00343096766f, -0.00133378308f};
+constexpr float kGeluSlope[] = {0.142130563f,  -0.0751237369f, 0.0668272502f, -0.0715196339f,
+                                0.0770794695f, -0.0854979852f, 0.0951514038f, -0.0680820267f,
+                                0.0211880464f, -0.0281275974f, 0.0465323151f, -0.0205580677f};
+
+template <int kCount>
+UML_INLINE Vec half_plus_odd(const float (&p)[kCount], Vec x) {
+  // In this order NaN stays.
+  const Vec limit = splat(5.0f);
+  x = limit < x ? limit : x;
+  x = -limit > x ? -limit : x;
+  const Vec u = x * x * 0.08f - 1.0f;
+  Vec y = splat(p[kCount - 1]);
+  for (int i = kCount - 2; i >= 0; --i) y = y * u + p[i];
+  return x * y + 0.5f;
+}
+
+// T: what the result is rounded to.
+template <class T>
+UML_INLINE Vec gelu(Vec x) {
+  if constexpr (sizeof(T) == 2) return x * half_plus_odd(kNormal, x);
   Vec cdf, density;
   normal(x, cdf, density);
   return x * cdf;
+}
+
+template <class T>
+UML_INLINE Vec gelu_slope(Vec x) {
+  if constexpr (sizeof(T) == 2) return half_plus_odd(kGeluSlope, x);
+  Vec cdf, density;
+  normal(x, cdf, density);
+  return cdf + x * density;
+}
+
+template <class T>
+UML_INLINE Vec activate(Activation activation, Vec x) {
+  if (activation == Activation::relu) return x > 0.0f ? x : x != x ? x : Vec{};
+  return gelu<T>(x);
 }
 
 template <class T>
@@ -43,8 +82,8 @@ void activation_fwd_rows(const T* pre, const float* bias, T* out, int64_t begin,
     T* o = out + row * cols;
     for (int64_t c = 0; c < cols; c += 2 * kWidth) {
       const int64_t n = cols - c;
-      Vec y0 = activate(kActivation, load_n(in + c, n) + load_n(bias + c, n));
-      Vec y1 = activate(
+      Vec y0 = activate<T>(kActivation, load_n(in + c, n) + load_n(bias + c, n));
+      Vec y1 = activate<T>(
           kActivation, load_n(in + c + kWidth, n - kWidth) + load_n(bias + c + kWidth, n - kWidth));
       if constexpr (kDrop) {
         Vec m0, m1;
@@ -56,12 +95,6 @@ void activation_fwd_rows(const T* pre, const float* bias, T* out, int64_t begin,
       store_n(o + c + kWidth, y1, n - kWidth);
     }
   }
-}
-
-UML_INLINE Vec gelu_slope(Vec x) {
-  Vec cdf, density;
-  normal(x, cdf, density);
-  return cdf + x * density;
 }
 
 // For relu, saved > 0 says active and kept at once, so no mask is drawn.
@@ -82,8 +115,8 @@ void activation_bwd_rows(const T* saved, const float* bias, const T* grad, T* gr
         g0 = s0 > 0.0f ? g0 * drop.scale : Vec{};
         g1 = s1 > 0.0f ? g1 * drop.scale : Vec{};
       } else {
-        g0 *= gelu_slope(s0 + load_n(bias + c, n));
-        g1 *= gelu_slope(s1 + load_n(bias + c + kWidth, n - kWidth));
+        g0 *= gelu_slope<T>(s0 + load_n(bias + c, n));
+        g1 *= gelu_slope<T>(s1 + load_n(bias + c + kWidth, n - kWidth));
         if constexpr (kDrop) {
           Vec m0, m1;
           mask.factors(c, m0, m1);
