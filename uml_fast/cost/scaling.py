@@ -25,6 +25,9 @@ STATE_BYTES = 16
 """Bytes per parameter that training holds: weight, gradient and two moments, all fp32."""
 BETWEEN = 1.1
 """Memory of a rank over that of states and activations: a tenth for what is between."""
+WHOLE_PART = 0.5
+"""Part of a rank's memory that weights, gradients and moments may fill before they are cut, or cut
+again between forward and backward; the rest is activations."""
 OPTIMIZER_TRAFFIC = 28
 """Bytes per parameter and step: weight, two moments and gradient read, three of them written."""
 
@@ -235,6 +238,15 @@ class Prediction:
         return BETWEEN * (self.states_bytes + self.activations_bytes)
 
 
+def stays_gathered(parameters: int, parts: int, memory_bytes: float) -> bool:
+    """Whether a rank of fsdp keeps all gathered weights from forward until backward.
+
+    They then cross once a step instead of twice. ``parts`` are the ranks that hold a model
+    together, ``memory_bytes`` is the memory of one.
+    """
+    return (STATE_BYTES / parts + 4) * parameters <= WHOLE_PART * memory_bytes
+
+
 def predict(
     network: Network, streams: tuple[Stream, ...], cluster: Cluster, tokens: int,
     table_rows: int = 0, dtype_bytes: int = 2,
@@ -258,7 +270,9 @@ def predict(
         attention_s += 2.5 * forward / min(rate, s.tokens * 0.625 * bandwidth)
     parameters = network.parameters(streams, table_rows)
     parts = cluster.gpus if cluster.strategy == "fsdp" else 1
-    communication = _communication(parameters, cluster)
+    states = STATE_BYTES * parameters / parts
+    gathered = parts > 1 and stays_gathered(parameters, parts, chip.memory_gib * (1 << 30))
+    communication = _communication(parameters, cluster, gathered)
     traffic_s = CROSSINGS * network.moved(dtype_bytes) * tokens / bandwidth
     backward_s = 2 / 3 * (products / rate + traffic_s)
     samples = {s.name: tokens * p / s.tokens for s, p in zip(streams, shares(streams), strict=True)}
@@ -273,18 +287,18 @@ def predict(
         communication_s=communication,
         exposed_s=max(0.0, communication - backward_s),
         loading_s=sum(samples[s.name] * s.decode_s for s in streams) / cores,
-        states_bytes=STATE_BYTES * parameters / parts + dtype_bytes * parameters / parts,
+        states_bytes=states + dtype_bytes * parameters / parts + 4 * parameters * gathered,
         activations_bytes=network.kept(dtype_bytes) * tokens,
         samples=samples,
         stored_bytes=sum(samples[s.name] * s.stored_bytes for s in streams),
     )
 
 
-def _communication(parameters: int, cluster: Cluster) -> float:
+def _communication(parameters: int, cluster: Cluster, gathered: bool) -> float:
     """Seconds of a ring, all fp32: gradients summed (ddp); weights gathered twice, gradients
-    scattered (fsdp)."""
+    scattered (fsdp), or once where they stay ``gathered``."""
     if cluster.gpus == 1:
         return 0.0
     ring = (cluster.gpus - 1) / cluster.gpus / cluster.bus_bytes_per_s
-    crossings = 2 if cluster.strategy == "ddp" else 3
+    crossings = 2 if cluster.strategy == "ddp" or gathered else 3
     return crossings * 4 * parameters * ring

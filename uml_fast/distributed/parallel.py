@@ -15,6 +15,7 @@ products round them to bf16 where they are used (docs/numerics.md), on one rank 
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from uml_fast.config import ConfigError, DistConfig, RunConfig, require
-from uml_fast.cost.scaling import STATE_BYTES
+from uml_fast.cost.scaling import STATE_BYTES, WHOLE_PART, stays_gathered
 from uml_fast.distributed.exchange import Clock, put_clock
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.model.uml import Uml
@@ -36,9 +37,6 @@ from uml_fast.packing.pack import Layout, PackedBatch
 
 Parts = dict[str, Tensor]
 LossFunction = Callable[[Uml, PackedBatch, RunConfig, Tensor | None], Parts]
-
-_WHOLE_PART = 0.5
-"""Part of a GPU's memory up to which ``auto`` keeps the model whole; the rest is activations."""
 
 
 class _Touch(torch.autograd.Function):
@@ -136,8 +134,15 @@ def choose(config: DistConfig, model: nn.Module, ranks: Ranks, device: torch.dev
     if device.type != "cuda":
         return "ddp"
     whole = STATE_BYTES * sum(p.numel() for p in model.parameters())
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return "fsdp" if whole > _WHOLE_PART * memory else "ddp"
+    return "fsdp" if whole > WHOLE_PART * _memory_bytes(device) else "ddp"
+
+
+def _memory_bytes(device: torch.device) -> float:
+    """Memory that a rank can use: its GPU's, or its part of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    pages = os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * pages
 
 
 def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:
@@ -168,8 +173,10 @@ def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.de
     inside = {id(p) for unit in units for p in unit.parameters()}
     losses.in_units = frozenset(n for n, p in model.named_parameters() if id(p) in inside)
     mesh = _mesh(config.dist, ranks, device)
+    count = sum(p.numel() for p in model.parameters())
+    stays = stays_gathered(count, mesh.size(mesh.ndim - 1), _memory_bytes(device))
     for unit in units:
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=not stays)
     # what is outside of the blocks stays gathered until backward: losses read it behind the model
     fully_shard(losses, mesh=mesh, reshard_after_forward=False)
     for module in losses.modules():
