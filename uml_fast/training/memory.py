@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from uml_fast.config import BackboneConfig, RunConfig
-from uml_fast.cost.scaling import BETWEEN, STATE_BYTES, Network
+from uml_fast.cost.scaling import BETWEEN, STATE_BYTES, Network, stays_gathered
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.model.transformer import TransformerConfig
 from uml_fast.model.uml import Uml
@@ -88,11 +88,10 @@ def _advice(
 ) -> str:
     total, others, name = _memory_of(device)
     parts = (config.dist.shard_ranks or ranks.world) if strategy == "fsdp" else 1
-    states = (
-        (STATE_BYTES + 4 * bool(config.optim.ema))
-        * sum(p.numel() for p in model.parameters())
-        / parts
-    )
+    count = sum(p.numel() for p in model.parameters())
+    states = (STATE_BYTES + 4 * bool(config.optim.ema)) * count / parts
+    if parts > 1 and stays_gathered(count, parts, total):
+        states += 4 * count
     largest = max(layouts, key=lambda layout: layout.rows)
     kept = kept_bytes(config, largest, resolve_dtype(config.precision, device))
     shown = f"{kept / _GIB:,.1f} GiB" if kept else "an unknown part"
