@@ -20,8 +20,9 @@ from uml_fast.data.augment.image import ImageAugment, crop_box
 from uml_fast.data.augment.randaugment import OPERATIONS, randaugment
 from uml_fast.data.augment.text import TextAugment
 from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.in_memory import in_memory
 from uml_fast.data.loading.loader import Loader, layouts_of
-from uml_fast.data.source import Samples, in_memory
+from uml_fast.data.source import Samples
 from uml_fast.kernels.log_mel import log_mel
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.packing.schedule import hash64, stream_key

@@ -16,10 +16,11 @@ from uml_fast.config import MixConfig, ModalityConfig
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decoding.decode import Backend, decode_of
 from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.in_memory import in_memory
 from uml_fast.data.loading.loader import Loader, layouts_of
 from uml_fast.data.shards.files import ShardSet
 from uml_fast.data.shards.source import ShardSource
-from uml_fast.data.source import DataError, in_memory
+from uml_fast.data.source import DataError
 
 # of headers that numpy and Pillow find odd; turned into errors they would depend on the thread
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")

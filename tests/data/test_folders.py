@@ -24,10 +24,11 @@ from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decoding.decode import DecodeError, decode_of
 from uml_fast.data.decoding.rows import rows_of
 from uml_fast.data.folders import FoldersConfig
+from uml_fast.data.in_memory import in_memory
 from uml_fast.data.loading.loader import Loader, layouts_of
 from uml_fast.data.shards.files import ShardSet
 from uml_fast.data.shards.source import ShardSource
-from uml_fast.data.source import DataError, in_memory
+from uml_fast.data.source import DataError
 from uml_fast.modalities.audio import AudioConfig
 from uml_fast.modalities.features import FeaturesConfig
 from uml_fast.modalities.image import ImageConfig

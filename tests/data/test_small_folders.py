@@ -12,7 +12,7 @@ import pytest
 from tests.data.made_files import image, run, samples, write
 from uml_fast import prepare
 from uml_fast.config import CheckpointConfig, EvalConfig, MixConfig, RunConfig
-from uml_fast.data import source
+from uml_fast.data import in_memory, source
 from uml_fast.data.folders import FoldersConfig
 from uml_fast.data.held_out import hold_out
 from uml_fast.data.prepare.listing import order
@@ -181,9 +181,9 @@ def test_a_large_source_is_evaluated_on_evenly_spread_samples_and_says_so(
     tmp_path: Path, monkeypatch, caplog
 ):
     run("images", folder(tmp_path / "in", cat=30, dog=30), tmp_path / "s", "--split", "train=1")
-    monkeypatch.setattr(source, "EVALUATED_SAMPLES", 5)
+    monkeypatch.setattr(in_memory, "EVALUATED_SAMPLES", 5)
     task = config(tmp_path / "s").load(0, "uml")
     assert len(task.test) == 5 and "image: 5 of 6 samples, evenly spread, for test" in caplog.text
     row_bytes = IMAGE.patches * task.train[0].row_elems
-    monkeypatch.setattr(source, "EVALUATED_BYTES", 3 * row_bytes)
-    assert len(source.for_evaluation(task.train[0], "probe")) == 3
+    monkeypatch.setattr(in_memory, "EVALUATED_BYTES", 3 * row_bytes)
+    assert len(in_memory.for_evaluation(task.train[0], "probe")) == 3

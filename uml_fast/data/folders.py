@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,13 @@ from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.data.decoding.decode import Backend, decode_of
 from uml_fast.data.decoding.rows import rows_of
 from uml_fast.data.held_out import hold_out
+from uml_fast.data.in_memory import for_evaluation
 from uml_fast.data.shards.direct import DirectImages
 from uml_fast.data.shards.files import ShardSet, splits_of
 from uml_fast.data.shards.kept import Room
 from uml_fast.data.shards.lengths import npy_shape
 from uml_fast.data.shards.source import ShardSource
-from uml_fast.data.source import DataError, Source, Task, for_evaluation, say_once
+from uml_fast.data.source import DataError, Source, Task, say_once
 from uml_fast.modalities.image import ImageConfig
 
 _FEW_TESTS = 20
@@ -118,13 +120,14 @@ class FoldersConfig(DataConfig):
         modalities, target = run.modalities, run.target
         named = run.folder / DATA_ERRORS
         if not (run.folder / "run.json").exists():
-            named.unlink(missing_ok=True)  # of an attempt that never began
+            _forget(named)
         errors = DataErrors(self.max_errors, named)
         train = {m.name: self._open(m.name, "train") for m in modalities}
         names = self._class_names(train, target, run.objective.init_head_from)
         numbers = {name: i for i, name in enumerate(names)}
 
         room = Room(self.keep_mib << 20)
+        read_with = f"{self.backend} {named.absolute()}"
 
         def source(
             config: ModalityConfig, shards: ShardSet, chosen: np.ndarray | None = None,
@@ -145,7 +148,7 @@ class FoldersConfig(DataConfig):
                 direct = DirectImages(config)
             return ShardSource(
                 config.name, shards, decode, writer, errors, seed, labels, there[~unknown],
-                direct, room if is_training else None,
+                direct, room if is_training else None, f"{config} {read_with}",
             )  # fmt: skip
 
         config = next(m for m in modalities if m.name == target)
@@ -253,6 +256,12 @@ class FoldersConfig(DataConfig):
             else:
                 meant.append(numbers.get(self._renamed(names[c] if names else str(c)), _UNKNOWN))
         return np.array(meant, np.int32)[place]
+
+
+@functools.cache
+def _forget(named: Path) -> None:
+    """Take away what an attempt that never began has left, once in a process."""
+    named.unlink(missing_ok=True)
 
 
 def _names(shards: ShardSet) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ from uml_fast.data.augment import AugmentConfig
 from uml_fast.data.data_errors import DataErrors
 from uml_fast.data.decoding.decode import decode_of
 from uml_fast.data.decoding.rows import rows_of
+from uml_fast.data.in_memory import for_evaluation
 from uml_fast.data.shards.files import ShardSet, splits_of
 from uml_fast.data.shards.source import ShardSource
-from uml_fast.data.source import DataError, Source, for_evaluation
+from uml_fast.data.source import DataError, Source
 
 MAX_ERRORS = 100
 """Samples that may be unreadable."""

@@ -219,54 +219,6 @@ class Source(Lengths):
         )
 
 
-def in_memory(source: Samples, most: int | None = None) -> Source:
-    """A source as it is if its rows are in memory, else with its samples read into memory.
-
-    Of a source with more than ``most`` samples, evenly spread ones. Those that cannot be read are
-    left out.
-    """
-    if isinstance(source, Source):
-        return source
-    n = len(source)
-    chosen = np.arange(n)
-    if most is not None and n > most:
-        chosen = np.linspace(0, n - 1, most).astype(np.int64)
-    lengths = source.lengths_of(chosen)
-    rows = np.empty((int(lengths.sum()), source.row_elems), source.row_dtype)
-    rejected = source.read(chosen, rows)
-    parts = np.split(rows, np.cumsum(lengths)[:-1])
-    kept = np.setdiff1d(np.arange(len(chosen)), rejected)
-    return Source.from_samples(
-        source.name,
-        [parts[k] for k in kept],
-        source.labels[chosen[kept]].tolist(),
-        tuple(source.key(int(i)) for i in chosen[kept]),
-    )
-
-
-EVALUATED_SAMPLES = 20_000
-"""Samples that are evaluated at most: the standard error of an accuracy is then below 0.4 %."""
-EVALUATED_BYTES = 1 << 30
-"""Bytes of their rows at most; they stay in memory during a run."""
-
-
-def for_evaluation(source: Samples, what: str) -> Source:
-    """A source in memory; of a large one evenly spread samples, which is said once.
-
-    Args:
-        source: samples on a disk or in memory; the latter are taken as they are.
-        what: what is done with them, for the message.
-    """
-    if isinstance(source, Source):
-        return source
-    row_bytes = source.row_elems * np.dtype(source.row_dtype).itemsize
-    fitting = EVALUATED_BYTES * len(source) // max(1, int(source.offsets[-1]) * row_bytes)
-    most = max(1, min(EVALUATED_SAMPLES, fitting))
-    if most < len(source):
-        say_once(f"{source.name}: {most:,} of {len(source):,} samples, evenly spread, for {what}")
-    return in_memory(source, most)
-
-
 @functools.cache
 def say_once(text: str) -> None:
     """Tell the user something about the data, once in a process."""

@@ -13,7 +13,8 @@ import numpy as np
 from uml_fast.analysis.statistics import correct_rows, mean_interval, paired_comparison
 from uml_fast.analysis.theory import TheoremCheck, check_all
 from uml_fast.config import RunConfig
-from uml_fast.data.source import Task, in_memory
+from uml_fast.data.in_memory import in_memory
+from uml_fast.data.source import Task
 from uml_fast.model.uml import Uml
 from uml_fast.report.table import mode_name
 from uml_fast.runtime.machine import machine_info

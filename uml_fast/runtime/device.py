@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from uml_fast.config import ConfigError
+
+_MOST_READERS = 16
+"""Above this, threads wait for the interpreter lock rather than for data."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -42,3 +47,10 @@ def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if has_bf16(device) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def reader_count() -> int:
+    """Readers where none are asked for: one for each core that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return min(cores, _MOST_READERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import TextIO
 TERMINAL_INTERVAL_S = 0.1
 PLAIN_INTERVAL_S = 10.0
 PLAIN_COLUMNS = 100
+QUIET_S = 2.0
 
 
 class StatusLine:
@@ -61,6 +63,43 @@ class StatusLine:
             text = "\r" + (text if keep else text[: self.columns]) + "\x1b[K"
         self.stream.write(text + ("\n" if keep else ""))
         self.stream.flush()
+
+
+class LongWork:
+    """Says how far some work is, if it turns out to take longer than ``QUIET_S``.
+
+    Of several ranks the first one speaks.
+
+    Args:
+        what: what is done, and to what: "reading image samples".
+        total: how many there are.
+    """
+
+    def __init__(self, what: str, total: int, stream: TextIO | None = None) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._line = StatusLine(stream)
+        self._begun = time.monotonic()
+        self._is_mine = os.environ.get("RANK", "0") == "0"
+        self._has_spoken = False
+
+    def add(self, count: int) -> None:
+        """``count`` more are done."""
+        self._done += count
+        now = time.monotonic()
+        took = now - self._begun
+        if not self._is_mine or took < QUIET_S or not self._line.is_due(now):
+            return
+        left = duration(took / self._done * (self._total - self._done))
+        self._line.update(f"{self._what} {self._done:,}/{self._total:,}  left {left}")
+        self._has_spoken = True
+
+    def __enter__(self) -> LongWork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._has_spoken:
+            took = duration(time.monotonic() - self._begun)
+            self._line.note(f"{self._what} {self._done:,}/{self._total:,} in {took}")
 
 
 def duration(seconds: float) -> str:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from uml_fast.analysis.probe import LinearProbe
 from uml_fast.config import MixConfig, RunConfig
+from uml_fast.data.in_memory import for_evaluation
 from uml_fast.data.loading.loader import iterate_once, layouts_of
-from uml_fast.data.source import Samples, Task, for_evaluation
+from uml_fast.data.source import Samples, Task
 from uml_fast.model.compat import release_batches
 from uml_fast.model.objective import losses
 from uml_fast.model.uml import Encoded, Uml
@@ -174,17 +175,18 @@ def aligned_probes(
 def measure(
     model: Uml,
     config: RunConfig,
-    train: PackedSource,
+    train: PackedSource | None,
     test: PackedSource,
     class_names: tuple[str, ...],
     validation: PackedSource | None = None,
 ) -> Measurement:
-    """All numbers the run asks for, on ``test``; ``train`` fits the probe."""
+    """All numbers the run asks for, on ``test``; ``train`` fits the probe, if there is one."""
     has_labels = bool((test.source.labels >= 0).any())
     predicts = config.objective.kind == "next_embedding"
     held_out = [test] if validation is None else [test, validation]
     probe: list[float] = []
     if config.eval.probe and has_labels:
+        assert train is not None
         probe = probe_accuracy(model, config, train, held_out, class_names)
     chosen_by = None
     if validation is not None and config.metric == "probe":
@@ -202,7 +204,7 @@ def measure(
 def run_metric(
     model: Uml,
     config: RunConfig,
-    train: PackedSource,
+    train: PackedSource | None,
     test: PackedSource,
     class_names: tuple[str, ...],
 ) -> float:
@@ -211,6 +213,7 @@ def run_metric(
         return head_accuracy(model, test)
     if config.metric == "error":
         return prediction_error(model, test, config)
+    assert train is not None
     return probe_accuracy(model, config, train, [test], class_names)[0]
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from uml_fast.config import ConfigError, MixConfig, RunConfig, require
+from uml_fast.data.in_memory import in_memory
 from uml_fast.data.loading.loader import layouts_of, streams_of
-from uml_fast.data.source import DataError, Samples, Task, in_memory
+from uml_fast.data.source import DataError, Samples, Task
 from uml_fast.model.compat import release_warmup_epochs
 from uml_fast.model.interop.initialise import init_from_checkpoints
 from uml_fast.model.uml import Uml

@@ -83,13 +83,13 @@ class Trial:
         self.train_step = TrainStep(self.model, config, seed, ranks)
         checkpoints = self.folder / "checkpoints"
         self.saver = Saver(checkpoints, config.checkpoint.keep, ranks, config.dist.timeout_s)
-        self.evaluated: tuple[PackedSource, PackedSource] | None = None
-        """Training and validation samples of the target, on the rank that evaluates."""
+        self.evaluated: tuple[PackedSource | None, PackedSource] | None = None
+        """What a probe is fitted on, if any, and validation samples, on the rank that evaluates."""
         if ranks.is_first:
-            sources = self.task.source(config.target), self.task.validation
+            fitted = self.task.source(config.target) if config.eval.probe else None
             self.evaluated = (
-                pack_source(sources[0], self.device, config),
-                pack_source(sources[1], self.device, config),
+                None if fitted is None else pack_source(fitted, self.device, config),
+                pack_source(self.task.validation, self.device, config),
             )
         self.step = 0
         self.best: dict[str, Any] = {"metric": None, "step": 0, "failures": 0}

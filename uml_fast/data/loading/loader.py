@@ -16,7 +16,6 @@ import torch
 
 from uml_fast.config import MixConfig, require
 from uml_fast.data.loading.packs import NativePacks, Packs, ReferencePacks, assemble, planner_args
-from uml_fast.data.loading.produce import reader_count
 from uml_fast.data.source import Samples
 from uml_fast.packing.layout import Stream, make_layouts, make_rules
 from uml_fast.packing.pack import Layout, PackedBatch
@@ -29,6 +28,7 @@ from uml_fast.packing.schedule import (
     sequential_plan,
 )
 from uml_fast.runtime import native
+from uml_fast.runtime.device import reader_count
 from uml_fast.runtime.trace import Trace
 
 _SLOT_BYTES = 256 << 20

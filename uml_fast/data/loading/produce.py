@@ -8,7 +8,6 @@ interpreter lock while they work.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -24,15 +23,6 @@ _POLL_S = 0.1
 """Seconds between looks at the end of the loader."""
 _CLOSE_S = 5.0
 """Seconds that a read under way has to end when the loader closes; then its thread is left."""
-_MOST_READERS = 16
-"""Above this, threads wait for the interpreter lock rather than for data."""
-
-
-def reader_count() -> int:
-    """Readers where none are asked for: one for each core that this process may use."""
-    has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return min(cores, _MOST_READERS)
 
 
 class Producers:

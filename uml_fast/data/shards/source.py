@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import cast
 
@@ -32,6 +33,8 @@ class ShardSource(Lengths):
         chosen: int64 samples of ``shards`` that there are; None: all.
         direct: reads most samples without ``decode`` and ``writer``, where none is augmented.
         room: memory for samples that ``decode`` decoded; None: each is decoded every time.
+        identity: names the place and the options that samples are read with; with ``chosen`` and
+            ``labels`` it decides the rows. Empty: not known.
 
     Raises:
         DataError: the shards hold another kind of sample, or none that has a row.
@@ -49,6 +52,7 @@ class ShardSource(Lengths):
         chosen: np.ndarray | None = None,
         direct: DirectImages | None = None,
         room: Room | None = None,
+        identity: str = "",
     ) -> None:
         if shards.kind != writer.kind:
             raise DataError(f"{name}: the shards hold {shards.kind}, this takes {writer.kind}")
@@ -68,6 +72,16 @@ class ShardSource(Lengths):
         self.offsets = np.concatenate([[0], np.cumsum(rows[self._place])]).astype(np.int64)
         given = shards.label if labels is None else labels
         self.labels = given[self._place].astype(np.int32)
+        self.identity = ""
+        """The same for sources with the same rows, keys and labels; empty: not known."""
+        if identity:
+            digest = hashlib.sha256(identity.encode())
+            for part in (self._place, self.offsets, self.labels):
+                digest.update(part.tobytes())
+            for path in shards.paths:
+                seen = path.stat()
+                digest.update(f"{path} {seen.st_size} {seen.st_mtime_ns}".encode())
+            self.identity = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._place)
