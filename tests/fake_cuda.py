@@ -23,11 +23,16 @@ CUDA = torch.device("cuda", 0)
 MOST_BLOCKS = (2**31 - 1, 65535, 65535)
 """Programs of a launch along each dimension of its grid (CUDA programming guide)."""
 
+WITHOUT_FAKE = (torch.ops.aten._fused_adam_.tensor_lr, torch.ops.aten._fused_adamw_.tensor_lr)
+"""Operators that write in place, return nothing and are not known to ``FakeTensorMode``."""
+
 
 class _Mode(FakeTensorMode):
     """Tensors that C++ asks for on "meta", because it saw others there, are on ``CUDA``."""
 
     def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in WITHOUT_FAKE:
+            return None
         kwargs = dict(kwargs or {})
         if not self.in_kernel_invocation and str(kwargs.get("device")) == "meta":
             kwargs["device"] = CUDA

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.fake_cuda import CUDA, fake_cuda, move, on_cuda
 from tests.grid.test_grid import THREE, made_data, name, one_lesson
@@ -16,6 +17,7 @@ from tests.model.test_encoder import network, own_networks
 from tests.tiny import tiny, tiny_prediction
 from uml_fast.config import OptimConfig, RunConfig
 from uml_fast.data.loading.loader import Loader, layouts_of
+from uml_fast.distributed.ranks import Ranks
 from uml_fast.grid import Cell
 from uml_fast.grid.heads import Heads
 from uml_fast.grid.stacked import _Stack
@@ -24,6 +26,8 @@ from uml_fast.model.objective import counts
 from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import PackedBatch
 from uml_fast.recipes.throughput import mosi
+from uml_fast.training import step as step_module
+from uml_fast.training.optim import build_optimizer
 from uml_fast.training.step import TrainStep
 
 pytestmark = [
@@ -81,14 +85,24 @@ def fake_pack(pack: PackedBatch) -> PackedBatch:
     return dataclasses.replace(pack, **values)
 
 
+def optimizer_of(model: nn.Module, config: OptimConfig, _: Ranks) -> torch.optim.Optimizer:
+    """That of one rank. Adam reads the rate that it is given once, when it is made."""
+    made = build_optimizer(model, config, Ranks(0, 2))
+    rate = torch.full((), config.lr, device=CUDA)
+    for group in made.param_groups:
+        group["lr"] = rate
+    return made
+
+
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("make", CONFIGS, ids=[c().recipe for c in CONFIGS])
 def test_a_step_stays_on_the_device(
     make: Callable[[], RunConfig], is_compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tables are copied to the device in the first step, and nothing in the following ones."""
-    config = make()
+    config = dataclasses.replace(make(), cuda_graph="off")
     pack, model = pack_of(config), Uml(config, torch.bfloat16)
+    monkeypatch.setattr(step_module, "build_optimizer", optimizer_of)
     if is_compiled:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with fake_cuda(monkeypatch) as (copies, launches):
