@@ -323,6 +323,15 @@ void bind_cpu(py::module_& module) {
       },
       nogil);
   m.def("train_heads", train_heads);
+  m.def("has_weight_gradient", [] { return kernels().has_weight_gradient(); });
+  m.def(
+      "weight_gradient",
+      [](int threads, Address grad, Address input, int64_t rows, int64_t grad_cols,
+         int64_t input_cols, Address out) {
+        kernels().weight_gradient(threads, at<const void>(grad), at<const void>(input), rows,
+                                  grad_cols, input_cols, at<float>(out));
+      },
+      nogil);
   m.def(
       "text_stem_fwd",
       [](int threads, int64_t rows, int64_t cols, int weight_dtype, int position_dtype,

@@ -16,6 +16,9 @@ void index_sum(int threads, DType, const void* input, const int32_t* index, int6
                int64_t cols, int64_t size, float* out);
 void transpose_sum(int threads, DType, const void* input, int64_t rows, int64_t cols, void* out,
                    int64_t stride, float* sums);
+bool has_weight_gradient();
+void weight_gradient(int threads, const void* grad, const void* input, int64_t rows,
+                     int64_t grad_cols, int64_t input_cols, float* out);
 void normalise_patches(int threads, DType, PatchShape, const uint8_t* pixels, const float* mean,
                        const float* deviation, void* out, int64_t stride);
 void standardise_rows(int threads, DType, const float* input, const float* mean,

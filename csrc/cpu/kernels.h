@@ -189,6 +189,12 @@ struct Kernels {
   void (*transpose_sum)(int threads, DType, const void* input, int64_t rows, int64_t cols,
                         void* out, int64_t stride, float* sums);
 
+  // Whether weight_gradient is there, or does nothing.
+  bool (*has_weight_gradient)();
+  // out (grad_cols, input_cols) = grad (rows, grad_cols)^T input (rows, input_cols), both bf16.
+  void (*weight_gradient)(int threads, const void* grad, const void* input, int64_t rows,
+                          int64_t grad_cols, int64_t input_cols, float* out);
+
   // out = (pixels / 255 - mean) / deviation, one row of `stride` elements a patch, zeros beyond the
   // patch's; mean and deviation per channel.
   void (*normalise_patches)(int threads, DType, PatchShape, const uint8_t* pixels,

@@ -18,7 +18,8 @@ swiglu serve ViTs, K = 192 to 1024: recomputing would gain 0.5 ps of the 6 ps of
 and lose everywhere else, so it is not done.
 
 Parameters may have another dtype than the input (fp32 masters): the weights are cast once, the cast
-serves the backward pass too, and gradients come back in the masters' dtype.
+serves the backward pass too, and gradients come back in the masters' dtype, on a CPU with matrix
+tiles without a rounding to bf16 between.
 """
 
 from __future__ import annotations
@@ -91,8 +92,15 @@ def feed_forward_reference(
 def _fwd(
     choice: Choice, input: Tensor, weight_up: Tensor, bias_up: Tensor, weight_down: Tensor,
     bias_down: Tensor, activation: str, dropout_p: float, rng_key: Tensor | None, site: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(out, hidden, product or empty); weights of the input's dtype."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(out, hidden, product or empty), and casts of weights that had another dtype than the input.
+
+    Those come as masters to "native" alone, which gives them gradients of their own dtype.
+    """
+    if weight_up.dtype != input.dtype or weight_down.dtype != input.dtype:
+        up, down = weight_up.to(input.dtype, copy=True), weight_down.to(input.dtype, copy=True)
+        rest = (activation, dropout_p, rng_key, site)
+        return *_fwd(choice, input, up, bias_up, down, bias_down, *rest), up, down
     if choice != "reference":
         outputs: tuple[Tensor, Tensor, Tensor] = implementation(NAME, choice).fwd(
             input, weight_up, bias_up, weight_down, bias_down, activation, dropout_p, rng_key, site
@@ -136,10 +144,11 @@ def _fwd_op(
     input: Tensor, weight_up: Tensor, bias_up: Tensor, weight_down: Tensor, bias_down: Tensor,
     activation: str, dropout_p: float, rng_key: Tensor | None, site: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _fwd(
+    out, hidden, product = _fwd(
         choose(NAME, "auto", input), input, weight_up, bias_up, weight_down, bias_down, activation,
         dropout_p, rng_key, site,
     )  # fmt: skip
+    return out, hidden, product
 
 
 @_fwd_op.register_fake
@@ -156,10 +165,11 @@ def _bwd_op(
     bias_down: Tensor, hidden: Tensor, product: Tensor, activation: str, dropout_p: float,
     rng_key: Tensor | None, site: int, trains: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return _bwd(
+    a, b, c, d, e = _bwd(
         choose(NAME, "auto", input), grad_out, input, weight_up, bias_up, weight_down, bias_down,
         hidden, product, activation, dropout_p, rng_key, site, trains,
     )  # fmt: skip
+    return a, b.to(weight_up.dtype), c, d.to(weight_down.dtype), e
 
 
 @_bwd_op.register_fake
@@ -170,12 +180,15 @@ def _(grad_out, input, weight_up, bias_up, weight_down, bias_down, *rest):
     return input.new_empty(input.shape), *of_weights
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, activation, dropout_p, rng_key, site = inputs
-    ctx.save_for_backward(*tensors, output[1], output[2], rng_key)
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, up, bias_up, down, bias_down, activation, dropout_p, rng_key, site = inputs
+    _, hidden, product, *casts = output
+    if casts:
+        up, down = casts
+    ctx.save_for_backward(input, up, bias_up, down, bias_down, hidden, product, rng_key)
     ctx.options = (activation, dropout_p)
     ctx.site = site
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
@@ -244,8 +257,11 @@ def feed_forward(
             input, weight_up, bias_up, weight_down, bias_down, activation=activation,
             dropout_p=dropout_p, rng_key=rng_key, site=site,
         )  # fmt: skip
-    up, down = weight_up.to(input.dtype), weight_down.to(input.dtype)
     out: Tensor
+    if not is_compiling and choice == "native":
+        out, *_ = _apply(choice, input, weight_up, bias_up, weight_down, bias_down, *options)
+        return out
+    up, down = weight_up.to(input.dtype), weight_down.to(input.dtype)
     if is_compiling:
         out, _, _ = _fwd_op(input, up, bias_up, down, bias_down, *options)
     else:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from uml_fast.config import ConfigError, ModalityConfig
+from uml_fast.kernels.cast_linear import linear
 from uml_fast.kernels.next_embedding_loss import next_embedding_loss
 from uml_fast.packing.pack import RegionRows
 
@@ -20,8 +21,7 @@ class Linear(nn.Linear):
     """nn.Linear whose fp32 master weights follow the dtype of the input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight, self.bias)
 
 
 class Modality(nn.Module):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.add_rms_norm import add_rms_norm
+from uml_fast.kernels.cast_linear import linear
 from uml_fast.kernels.feed_forward import feed_forward, up_width
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.modalities.base import Linear
@@ -124,8 +125,7 @@ class Block(nn.Module):
             out: Tensor = self.out(mixed_TD)
             return out
         weight, bias = _scaled(self.out, self.scale1)
-        bias = None if bias is None else bias.to(mixed_TD.dtype)
-        return F.linear(mixed_TD, weight.to(mixed_TD.dtype), bias)
+        return linear(mixed_TD, weight, bias)
 
     def transform(self, x_TD: Tensor, dropout: Dropout) -> Tensor:
         """Feed-forward network, (T, D) -> (T, D)."""

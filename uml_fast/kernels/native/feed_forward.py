@@ -10,29 +10,10 @@ import torch
 from torch import Tensor
 
 from uml_fast.kernels.native.library import CODES, library, mask_arguments
+from uml_fast.kernels.native.linear import column_sum, weight_gradient
 
 ACTIVATIONS = {"relu": 0, "gelu": 1, "swiglu": 2}
 """Their numbers in csrc/cpu/kernels.h."""
-
-
-def _column_sum(input: Tensor) -> Tensor:
-    """Sum over the rows of (T, K), accumulated and returned in fp32 (K,)."""
-    out = input.new_empty(input.shape[1], dtype=torch.float32)
-    library().column_sum(
-        torch.get_num_threads(), CODES[input.dtype], input.data_ptr(), out.data_ptr(), *input.shape
-    )
-    return out
-
-
-def _weight_gradient(grad_TN: Tensor, input_TK: Tensor) -> Tensor:
-    """grad^T input (N, K), contiguous.
-
-    oneDNN multiplies bf16 two to three times slower when the long dimension T is the strided one of
-    the first operand (docs/numerics.md), so the narrower operand is copied transposed.
-    """
-    if grad_TN.shape[1] <= input_TK.shape[1]:
-        return torch.mm(grad_TN.t().contiguous(), input_TK)
-    return torch.mm(input_TK.t().contiguous(), grad_TN).t().contiguous()
 
 
 def fwd(
@@ -60,7 +41,8 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of input, weight_up, bias_up (fp32), weight_down and bias_down (fp32).
 
-    Those of frozen weights (``trains`` False) are empty.
+    Those of weights are in fp32 or the working dtype, see ``weight_gradient``; those of frozen
+    ones (``trains`` False) are empty.
     """
     grad = torch.mm(grad_out, weight_down)
     grad_pre = torch.empty_like(product) if activation == "swiglu" else grad
@@ -76,6 +58,6 @@ def bwd(
     if not trains:
         none = [grad.new_empty(0) for _ in range(4)]
         return grad_input, none[0], none[1], none[2], none[3]
-    grad_up = _weight_gradient(grad_pre, input)
-    grad_down = _weight_gradient(grad_out, hidden)
-    return grad_input, grad_up, grad_bias, grad_down, _column_sum(grad_out)
+    grad_up = weight_gradient(grad_pre, input)
+    grad_down = weight_gradient(grad_out, hidden)
+    return grad_input, grad_up, grad_bias, grad_down, column_sum(grad_out)

@@ -8,6 +8,7 @@ from torch import Tensor
 from uml_fast.kernels.linear_stem import Gradients
 from uml_fast.kernels.native.index_sum import fwd as index_sum
 from uml_fast.kernels.native.library import CODES, library
+from uml_fast.kernels.native.linear import column_sum
 
 BF16_DEPTH = 32
 """Elements of a row that one bf16 tile product takes: padding features to a multiple of it makes
@@ -66,15 +67,6 @@ def transpose_sum(input: Tensor) -> tuple[Tensor, Tensor]:
         stride, sums.data_ptr(),
     )  # fmt: skip
     return out[:, :rows], sums
-
-
-def column_sum(input: Tensor) -> Tensor:
-    """Sum over the rows of (T, N), fp32 (N,)."""
-    out = input.new_empty(input.shape[1], dtype=torch.float32)
-    library().column_sum(
-        torch.get_num_threads(), CODES[input.dtype], input.data_ptr(), out.data_ptr(), *input.shape
-    )
-    return out
 
 
 def bwd(
