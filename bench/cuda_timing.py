@@ -10,8 +10,12 @@ Traps this file avoids:
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -95,3 +99,36 @@ def peak_mib(call: Callable[[], object]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def gap_pct(events: Sequence[Mapping[str, Any]]) -> float:
+    """Percent of the time from the first kernel to the last in which none ran.
+
+    ``events`` are those of a Chrome trace of torch.profiler, times in microseconds. Uploads do not
+    count: they overlap with kernels.
+    """
+    spans = sorted(
+        (e["ts"], e["ts"] + e["dur"])
+        for e in events
+        if e.get("cat") in ("kernel", "gpu_memset")
+        or (e.get("cat") == "gpu_memcpy" and "HtoD" not in e["name"])
+    )
+    busy, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return 100 * (1 - busy / (end - spans[0][0]))
+
+
+def measured_gap_pct(call: Callable[[], object], calls: int = 5) -> float:
+    """``gap_pct`` of some calls in a row that nothing waits between."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return gap_pct(json.loads(path.read_text())["traceEvents"])

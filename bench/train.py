@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench import harness, loader_data
+from bench import cuda_timing, harness, loader_data
 from bench import loader_providers as by
 from bench.loader_providers import Part
 from bench.train_plain import PlainStack, PlainTraining, copy_weights, pad
@@ -184,6 +184,11 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def _graphs() -> int:
+    """Graphs that torch.compile has made."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def _peak_gib() -> float:
     if ON_GPU:
         return torch.cuda.max_memory_allocated() / 2**30
@@ -227,6 +232,7 @@ def measure(size: str) -> list[dict[str, Any]]:
     rates: dict[str, list[dict[str, float]]] = {"uml_fast": [], "plain": []}
     stall = []
     peak: dict[str, float] = {}
+    compiled = {"uml_fast": 0, "plain": 0}
     gc.collect()
     for turn in range(ROUNDS):
         for name in ("uml_fast", "plain") if turn % 2 else ("plain", "uml_fast"):
@@ -234,7 +240,9 @@ def measure(size: str) -> list[dict[str, Any]]:
                 torch.cuda.reset_peak_memory_stats()
             before = dict(baseline.valid)
             ours.lap()
+            graphs = _graphs()
             took = timed(ours.step if name == "uml_fast" else baseline.step, ROUND_STEPS)
+            compiled[name] += _graphs() - graphs
             lap = ours.lap()
             tokens = {
                 m: lap[f"tokens/{m}"] if name == "uml_fast" else baseline.valid[m] - before[m]
@@ -248,6 +256,10 @@ def measure(size: str) -> list[dict[str, Any]]:
     fill = {
         "uml_fast": 100 * ours.loader.stats()["fill"],
         "plain": 100 * sum(baseline.valid.values()) / baseline.padded,
+    }
+    gaps = {
+        name: round(cuda_timing.measured_gap_pct(step), 2) if ON_GPU else None
+        for name, step in (("uml_fast", ours.step), ("plain", baseline.step))
     }
     per_sample = {p.config.name: config.modality(p.config.name).share / p.count for p in found}
     baseline.close()
@@ -269,7 +281,8 @@ def measure(size: str) -> list[dict[str, Any]]:
             "mfu_datasheet": round(useful / peaks[1], 4) if peaks[1] else None,
             "fill_pct": round(fill[name], 1),
             "stall_pct": round(float(np.median(stall)), 2) if name == "uml_fast" else None,
-            "peak_gib": round(peak[name], 2) if ON_GPU else None,
+            "peak_gib": round(peak[name], 2) if ON_GPU else None, "gap_pct": gaps[name],
+            "recompiles": compiled[name],
             "first_step_s": round(start_s[name], 2),
             "workers": workers if name == "plain" else None,
             **harness.quantiles(seconds[name]), "rounds": ROUNDS,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from bench import gate, harness, plot, step, tables
+from bench import cuda_timing, gate, harness, plot, step, tables
 from bench.factors import PackedStep
 from bench.plain import PlainStep
 from bench.shapes import STEP_SHAPES, StepShape, draw_batches, layout, valid_tokens
@@ -224,3 +225,18 @@ def test_merged_rows_replace_those_of_the_same_case(tmp_path: Path) -> None:
     harness.merge_rows(path, [{"op": "b", "ms": 3}], ["op"])
     rows = json.loads(path.read_text())["rows"]
     assert [(r["op"], r["ms"], "date" in r) for r in rows] == [("a", 1, True), ("b", 3, False)]
+
+
+def test_gaps_are_where_no_kernel_runs() -> None:
+    def event(cat: str, ts: float, dur: float, name: str = "") -> dict[str, Any]:
+        return {"cat": cat, "ts": ts, "dur": dur, "name": name}
+
+    kernels = [event("kernel", 100, 40), event("kernel", 120, 30), event("gpu_memset", 160, 10)]
+    assert cuda_timing.gap_pct([*kernels, event("kernel", 170, 30)]) == pytest.approx(10)
+    copy = event("gpu_memcpy", 150, 10, "Memcpy DtoD (Device -> Device)")
+    assert cuda_timing.gap_pct([*kernels, copy]) == pytest.approx(0)
+    others = [
+        event("gpu_memcpy", 150, 10, "Memcpy HtoD (Pinned -> Device)"),
+        event("gpu_user_annotation", 100, 90), event("cpu_op", 0, 500), {"ph": "M", "name": "x"},
+    ]  # fmt: skip
+    assert cuda_timing.gap_pct([*kernels, *others]) == pytest.approx(100 / 7)
