@@ -278,10 +278,26 @@ def extract_table(content: Content) -> str:
 
 
 def ranks_table(content: Content) -> str:
-    """Markdown: tokens a second of one rank and of two, one thread each."""
+    """Markdown: one rank and two, one thread each; losses of one, two and four."""
     rows = [r for r in content["rows"] if "tokens_per_s" in r]
     rates = {r["provider"]: float(np.median(r["tokens_per_s"])) for r in rows}
-    lines = ["| ranks, one thread each | tokens/s | times one |", "|---|---:|---:|"]
-    for name, rate in rates.items():
-        lines.append(f"| {name} | {rate:,.0f} | {rate / rates['one']:.2f} |")
+    lines = [
+        "| ranks, one thread each | tokens/s | times one | weights and moments of a rank, MiB | "
+        "exchange, % of time |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        name, rate = row["provider"], rates[row["provider"]]
+        held, exchange = row.get("state_bytes"), row.get("exchange_pct")
+        lines.append(
+            f"| {name} | {rate:,.0f} | {rate / rates['one']:.2f} | "
+            f"{'' if held is None else f'{held / 2**20:.1f}'} | "
+            f"{'' if exchange is None else f'{exchange:.0f}'} |"
+        )
+    apart = {r["provider"]: r["apart"] for r in content["rows"] if "apart" in r}
+    if apart:
+        named = "; ".join(f"{name} {x:.0e}" for name, x in apart.items() if name != "one")
+        lines.append(
+            f"\nLargest relative difference of the loss from one rank's, 50 steps: {named}."
+        )
     return "\n".join([*lines, "", conditions(content)])
