@@ -43,6 +43,11 @@ def site_key(rng_key: Tensor, site: int) -> Tensor:
     return x ^ _shift_right(x, 31)
 
 
+def shift_sites(rng_key: Tensor, sites: int) -> Tensor:
+    """The int64 (1,) key whose site ``s`` is site ``s + sites`` of ``rng_key``."""
+    return rng_key + _signed(sites * 0x9E3779B97F4A7C15)
+
+
 def threshold(p: float) -> int:
     """Lanes below this are dropped: round(p * 65536), at most 65535."""
     return min(round(p * LANES), LANES - 1)

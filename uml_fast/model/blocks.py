@@ -15,6 +15,7 @@ from uml_fast.kernels.add_layer_norm import add_layer_norm
 from uml_fast.kernels.add_rms_norm import add_rms_norm
 from uml_fast.kernels.cast_linear import linear
 from uml_fast.kernels.feed_forward import feed_forward, up_width
+from uml_fast.kernels.rng import shift_sites
 from uml_fast.kernels.segment_attention import packed_segment_attention, segment_attention
 from uml_fast.modalities.base import Linear
 from uml_fast.model.positions import rotate
@@ -32,18 +33,30 @@ class Dropout(NamedTuple):
     p: float
     rng_key: Tensor | None
 
+    def after(self, sites: int) -> Dropout:
+        """The same, with sites counted from ``sites``."""
+        if self.rng_key is None or not self.p:
+            return self
+        return Dropout(self.p, shift_sites(self.rng_key, sites))
+
+
+SITES = 4
+"""Places of dropout that a block adds to those before it."""
+_BEFORE, _ATTENTION, _HIDDEN, _ATTENDED, _TRANSFORMED = range(SITES + 1)
+"""A block's sites, the last branch of the block before first: the same numbers in all blocks, so
+that one compiled block is all of them."""
+
 
 class Block(nn.Module):
-    """Attention and feed-forward with residuals; ``site`` numbers its places of dropout."""
+    """Attention and feed-forward with residuals."""
 
     no_bias: Tensor
     """Zeros that feed_forward takes as biases where there are none."""
 
-    def __init__(self, config: TransformerConfig, site: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         d = config.width
         self.config = config
-        self.site = site
         self.qkv = Linear(
             d, d // config.heads * (config.heads + 2 * config.heads_of_keys), bias=config.bias
         )
@@ -81,21 +94,21 @@ class Block(nn.Module):
         post-norm: x = norm1(x + attend(x)); x = norm2(x + transform(x)), and no residual.
         pre-norm: ``x_TD`` is the branch that was not added yet to ``residual_TD`` fp32, as each sum
         is fused with the norm that follows it; the tokens themselves where there is no residual.
+        ``dropout`` counts sites from the last branch of the block before (``Dropout.after``).
         ``rotation``: of ``rotations``, for rotary positions.
         """
         if self.config.norm == "post":
             x = add_norm(
-                self.attend(x_TD, batch, dropout, rotation), x_TD, self.norm1, dropout,
-                self.site + 2,
-            )  # fmt: skip
-            return add_norm(self.transform(x, dropout), x, self.norm2, dropout, self.site + 3), None
+                self.attend(x_TD, batch, dropout, rotation), x_TD, self.norm1, dropout, _ATTENDED
+            )
+            return add_norm(self.transform(x, dropout), x, self.norm2, dropout, _TRANSFORMED), None
         if residual_TD is None:
             residual = x_TD.float()
             x = norm_rows(residual, self.norm1).to(x_TD.dtype)
         else:
-            x, residual = add_norm_sum(x_TD, residual_TD, self.norm1, dropout, self.site - 1)
+            x, residual = add_norm_sum(x_TD, residual_TD, self.norm1, dropout, _BEFORE)
         x, residual = add_norm_sum(
-            self.attend(x, batch, dropout, rotation), residual, self.norm2, dropout, self.site + 2
+            self.attend(x, batch, dropout, rotation), residual, self.norm2, dropout, _ATTENDED
         )
         return self.transform(x, dropout), residual
 
@@ -108,7 +121,7 @@ class Block(nn.Module):
         if rotation is None and c.heads_of_keys == c.heads:
             mixed_THK = packed_segment_attention(
                 qkv.view(len(x_TD), 3, c.heads, -1), batch.offsets_S1, batch.max_len,
-                is_causal=c.causal, dropout_p=dropout.p, rng_key=dropout.rng_key, site=self.site,
+                is_causal=c.causal, dropout_p=dropout.p, rng_key=dropout.rng_key, site=_ATTENTION,
             )  # fmt: skip
         else:
             heads = qkv.view(len(x_TD), c.heads + 2 * c.heads_of_keys, -1)
@@ -118,7 +131,7 @@ class Block(nn.Module):
             k, v = (t.repeat_interleave(c.heads // c.heads_of_keys, 1) for t in (k, v))
             mixed_THK = segment_attention(
                 q.contiguous(), k, v, batch.offsets_S1, batch.max_len, is_causal=c.causal,
-                dropout_p=dropout.p, rng_key=dropout.rng_key, site=self.site,
+                dropout_p=dropout.p, rng_key=dropout.rng_key, site=_ATTENTION,
             )  # fmt: skip
         mixed_TD = mixed_THK.flatten(1)
         if not c.layer_scale:
@@ -139,7 +152,7 @@ class Block(nn.Module):
             up_bias = self.up.bias
         return feed_forward(
             x_TD, self.up.weight, up_bias, weight, bias, activation=c.activation,
-            dropout_p=dropout.p, rng_key=dropout.rng_key, site=self.site + 1,
+            dropout_p=dropout.p, rng_key=dropout.rng_key, site=_HIDDEN,
         )  # fmt: skip
 
 

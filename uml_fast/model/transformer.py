@@ -21,7 +21,7 @@ from uml_fast.kernels.feed_forward import Activation
 from uml_fast.kernels.segment_mean import segment_mean
 from uml_fast.modalities.base import Linear
 from uml_fast.model.backbone import Backbone
-from uml_fast.model.blocks import Block, Dropout, add_norm_sum, build_norm, norm_rows
+from uml_fast.model.blocks import SITES, Block, Dropout, add_norm_sum, build_norm, norm_rows
 from uml_fast.model.positions import rotations, sinusoids
 from uml_fast.packing.pack import PackedBatch
 
@@ -147,7 +147,7 @@ class Transformer(Backbone):
             Linear(config.width, config.width, bias=False) if config.input_projection else None
         )
         self.input_norm = build_norm(config) if config.input_norm else None
-        self.blocks = nn.ModuleList(Block(config, site=4 * i) for i in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = build_norm(config) if config.norm == "pre" and config.layers else None
         if config.positions == "learned":
             self.position = nn.Parameter(torch.randn(config.max_positions, config.width))
@@ -179,17 +179,18 @@ class Transformer(Backbone):
             x = norm_rows(x.float(), self.input_norm).to(x.dtype)
         dropout = Dropout(0.0 if rng_key is None else config.dropout, rng_key)
         residual: Tensor | None = None
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
+            own = dropout.after(SITES * i - 1)
             if config.recompute and torch.is_grad_enabled():
                 x, residual = checkpoint(
-                    block, x, residual, batch, dropout, rotation,
+                    block, x, residual, batch, own, rotation,
                     use_reentrant=False, preserve_rng_state=False,
                 )  # fmt: skip
             else:
-                x, residual = block(x, residual, batch, dropout, rotation)
+                x, residual = block(x, residual, batch, own, rotation)
         if self.final_norm is not None:
             assert residual is not None
-            site = 4 * len(self.blocks) - 1
+            site = SITES * len(self.blocks) - 1
             x, _ = add_norm_sum(x, residual, self.final_norm, dropout, site)
         pooled = pool(x, batch.offsets_S1, config.pooling)
         return x, pooled if self.embedding is None else self.embedding(pooled)
