@@ -28,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from uml_fast.config import ConfigError, DistConfig, RunConfig, require
+from uml_fast.config import DistConfig, RunConfig, require
 from uml_fast.cost.scaling import STATE_BYTES, WHOLE_PART, stays_gathered
 from uml_fast.distributed.exchange import Clock, put_clock
 from uml_fast.distributed.ranks import Ranks
@@ -162,11 +162,6 @@ def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.de
     if strategy == "ddp":
         losses.factor = float(ranks.world)  # DDP takes the mean
         return _replicated(losses, device)
-    if config.compile:
-        raise ConfigError(
-            "compile needs whole models: FSDP gathers weights between the blocks. Use "
-            "--dist.strategy ddp, or no --compile"
-        )
     model = losses.model
     model.is_sharded = True
     units = model.units()
@@ -176,6 +171,9 @@ def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.de
     count = sum(p.numel() for p in model.parameters())
     stays = stays_gathered(count, mesh.size(mesh.ndim - 1), _memory_bytes(device))
     for unit in units:
+        if config.compile:
+            # its forward, not its call: FSDP gathers and frees weights in hooks around that
+            unit.forward = torch.compile(unit.forward, dynamic=False, fullgraph=True)
         fully_shard(unit, mesh=mesh, reshard_after_forward=not stays)
     # what is outside of the blocks stays gathered until backward: losses read it behind the model
     fully_shard(losses, mesh=mesh, reshard_after_forward=False)

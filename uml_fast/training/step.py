@@ -20,7 +20,7 @@ from torch import Tensor
 
 from uml_fast.config import RunConfig
 from uml_fast.distributed.exchange import exchange_pct
-from uml_fast.distributed.parallel import Losses, LossFunction, clip, distribute, summing
+from uml_fast.distributed.parallel import Losses, LossFunction, choose, clip, distribute, summing
 from uml_fast.distributed.ranks import ALONE, Ranks, talking
 from uml_fast.model.compat import release_batch
 from uml_fast.model.objective import counts, losses, total
@@ -33,6 +33,9 @@ from uml_fast.training.optim import Average, build_optimizer, learning_rate, set
 
 _DROPOUT = stream_key("dropout masks")
 """Stream of dropout in ``hash64``; no modality has this name, which is not an identifier."""
+_GRAPHS = 64
+"""Most graphs of one function: a block has two (the first has no residual) in each network, for
+each layout and for each set of frozen networks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,14 @@ class TrainStep:
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(config.optim.accumulate)
         ]
         self._programs: set[tuple[Layout, frozenset[str]]] = set()
+        self.recompiles = 0
+        """Graphs compiled in steps whose layouts and frozen networks had been seen; 0 is right."""
         function: LossFunction = losses
         if config.compile:
             torch._dynamo.reset()
-            function = torch.compile(losses, dynamic=False, fullgraph=True)
+            torch._dynamo.config.recompile_limit = _GRAPHS
+            if choose(config.dist, model, ranks, device) == "ddp":
+                function = torch.compile(losses, dynamic=False, fullgraph=True)
         self._own = Losses(model, config, function)
         self._losses = distribute(self._own, config, ranks, device)
         self.optimizer = build_optimizer(model, config.optim, ranks)
@@ -84,7 +91,6 @@ class TrainStep:
         self._replays: Replays[StepResult] | None = None
         if is_wanted(config, ranks, device):
             self._replays = Replays(self._step, device, must=config.cuda_graph == "on")
-        self._graphs_before = _graphs()
         self.waited_s = 0.0
         """Seconds in which this rank waited for the forward pass of slower ones (on CPUs)."""
 
@@ -96,11 +102,6 @@ class TrainStep:
     def exchange_pct(self, seconds: float) -> float | None:
         """Part of the ``seconds`` since the last call that exchanging with other ranks took."""
         return exchange_pct(self._losses, self._own.clock, seconds)
-
-    @property
-    def recompiles(self) -> int:
-        """Graphs compiled beyond one per layout and set of frozen networks; 0 as it should be."""
-        return max(0, _graphs() - self._graphs_before - len(self._programs))
 
     def __call__(
         self, batch: PackedBatch, step: int, flags: tuple[bool, ...] = (), *before: PackedBatch
@@ -120,11 +121,17 @@ class TrainStep:
         if self.config.compat == "release":
             packs = tuple(release_batch(pack) for pack in packs)
         self._freeze_for(step)
-        self._programs.update((pack.layout, self.model.frozen) for pack in packs)
         self._set_for(step)
+        programs = {(pack.layout, self.model.frozen) for pack in packs}
+        graphs_before = _graphs()
         if self._replays is not None:
-            return self._replays(packs, self.model.frozen)
-        return self._step(packs, flags)
+            result = self._replays(packs, self.model.frozen)
+        else:
+            result = self._step(packs, flags)
+        if programs <= self._programs:
+            self.recompiles += _graphs() - graphs_before
+        self._programs |= programs
+        return result
 
     def _step(self, packs: Sequence[PackedBatch], flags: tuple[bool, ...] = ()) -> StepResult:
         """The step itself: all that a CUDA graph of it replays."""
