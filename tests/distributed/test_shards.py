@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,31 @@ def test_exchange_on_a_gpu_is_read_when_it_ended(monkeypatch: pytest.MonkeyPatch
     assert clock.take() == pytest.approx(0.01) and clock.take() == 0
     made[3].ended = True
     assert clock.take() == pytest.approx(0.01)
+
+
+def compiled_steps(strategy: Any) -> list[list[float]]:
+    """Losses of steps in which networks thaw, eager and compiled; ranks hold other modalities."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")  # type: ignore[assignment]
+    out = []
+    with join_ranks("cpu", timeout_s=300) as ranks:
+        for is_compiled in (False, True):
+            config = dataclasses.replace(
+                step_config("thawing"), dist=DistConfig(strategy=strategy), compile=is_compiled
+            )
+            step, _ = started(config, ranks)
+            task, names = config.load(0, "uml"), [m.name for m in config.modalities]
+            parts = parts_of("modalities", names, ranks.rank, ranks.world)
+            batch = pack(config, task, parts)
+            out.append([float(step(batch, i).loss) for i in range(5)])
+            assert step.recompiles == 0
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_compiled_ranks_thaw_and_lack_modalities_too(strategy: str, tmp_path: Path) -> None:
+    for eager, compiled in run_ranks(compiled_steps, 2, tmp_path / "log", strategy, timeout_s=400):
+        assert compiled == pytest.approx(eager, rel=1e-5)
 
 
 def mixed_policies(folder: Path) -> list[list[Any]]:
