@@ -228,6 +228,9 @@ class RunConfig:
     """auto, cpu, cuda or cuda:N."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of matrix products; auto: bf16 where the device multiplies it natively, else fp32."""
+    float8: bool = False
+    """Products around attention in float8 through torchao, on GPUs that have it (Ada, Hopper and
+    later); meant for wide models and --compile, which fuses its scaling. Not measured yet."""
     compile: bool = False
     """Compile forward, losses and backward with torch.compile, once per layout, as shapes are
     fixed; seconds to a minute at the start. Under fsdp one block, which serves all."""

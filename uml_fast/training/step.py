@@ -23,6 +23,7 @@ from uml_fast.distributed.exchange import exchange_pct
 from uml_fast.distributed.parallel import Losses, LossFunction, choose, clip, distribute, summing
 from uml_fast.distributed.ranks import ALONE, Ranks, talking
 from uml_fast.model.compat import release_batch
+from uml_fast.model.float8 import check_float8, to_float8
 from uml_fast.model.objective import counts, losses, total
 from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import Layout, PackedBatch
@@ -75,6 +76,9 @@ class TrainStep:
             torch.zeros(1, dtype=torch.int64, device=device) for _ in range(config.optim.accumulate)
         ]
         self._programs: set[tuple[Layout, frozenset[str]]] = set()
+        if config.float8:
+            check_float8(device, model.dtype)
+            to_float8(model)
         self.recompiles = 0
         """Graphs compiled in steps whose layouts and frozen networks had been seen; 0 is right."""
         function: LossFunction = losses
