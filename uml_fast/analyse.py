@@ -5,12 +5,14 @@ Writes analysis.json into the run folder and its charts into report.html.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from uml_fast.analysis.findings import Findings, Of
 from uml_fast.analysis.of_heads import (
@@ -20,7 +22,7 @@ from uml_fast.analysis.of_heads import (
     pair_findings,
     pictures,
 )
-from uml_fast.cli import run_main
+from uml_fast.cli import options, run_main
 from uml_fast.config import ConfigError, RunConfig, require
 from uml_fast.experiment.observe import (
     Observed,
@@ -213,29 +215,33 @@ def _named(option: str, given: Sequence[str]) -> dict[str, str]:
     return out
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnalyseConfig:
+    """Every analysis of the paper that a run allows: into analysis.json and report.html.
+
+      python -m uml_fast.analyse runs/folders
+      python -m uml_fast.analyse runs/folders --shifted sketch=shards/sketch fog=shards/fog
+      python -m uml_fast.analyse runs/folders --pairs text=shards/captions
+      python -m uml_fast.analyse runs/exchange_rate --texts prompts.json
+
+    docs/experiments.md says what each measures.
+    """
+
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    shifted: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=SHARDS ...")] = ()
+    """Test sets of the target from elsewhere (features for heads on them); classes meet by name."""
+    pairs: Annotated[tuple[str, ...], tyro.conf.arg(metavar="AUXILIARY=SHARDS ...")] = ()
+    """Samples named as their true partners among the target's test samples."""
+    texts: Path | None = None
+    """Table of the texts that features were made of, for exchange rates in words."""
+    json: bool = False
+    """Print what analysis.json holds instead of a table."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.analyse``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uml_fast.analyse", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--shifted", nargs="+", default=[], metavar="NAME=SHARDS",
-        help="test sets of the target from elsewhere: shards, or a file of features for a run of "
-        "heads on features; classes meet by name",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pairs", nargs="+", default=[], metavar="AUXILIARY=SHARDS",
-        help="samples named as their true partners among the target's test samples",
-    )  # fmt: skip
-    parser.add_argument(
-        "--texts", type=Path, metavar="TABLE",
-        help="texts that features were made of, for exchange rates in words",
-    )  # fmt: skip
-    parser.add_argument(
-        "--json", action="store_true", help="print what analysis.json holds instead of a table"
-    )
-    args = parser.parse_args(argv)
+    args = options(AnalyseConfig, "analyse", argv)
     shifted, pairs = _named("--shifted", args.shifted), _named("--pairs", args.pairs)
     result = analyse(args.run, shifted, pairs, args.texts)
     write_json(args.run / ANALYSIS, result)

@@ -8,10 +8,11 @@ no traceback); 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from uml_fast.config import ConfigError, RunConfig
 from uml_fast.doctor import pip_line
@@ -34,6 +35,8 @@ VERBS = {
     "doctor": "print what is on in this installation, and why",
 }
 """Verb -> what it does; the verb's module is ``uml_fast.<verb>``."""
+
+T = TypeVar("T")
 
 Main = Callable[[list[str] | None], int]
 
@@ -109,6 +112,26 @@ def parse(argv: Sequence[str] | None, prog: str) -> RunConfig | GridConfig:
         prog=f"{prog} {recipe}",
         description=description,
         config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def options(kind: type[T], verb: str, argv: Sequence[str] | None) -> T:
+    """The options of a verb: a dataclass whose docstring is the help, as it is written.
+
+    Fields without a default are positional; a flag that is off needs no ``--no-``.
+
+    Raises:
+        ConfigError: an option has a value that cannot be.
+        SystemExit: help was asked for (0), or an option is unknown or has a bad value (2).
+    """
+    import tyro
+
+    return tyro.cli(
+        kind,
+        args=sys.argv[1:] if argv is None else argv,
+        prog=f"python -m uml_fast.{verb}",
+        description=inspect.getdoc(kind),
+        config=(tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff),
     )
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
 
 from uml_fast.analysis.probe import knn
-from uml_fast.cli import run_main
+from uml_fast.cli import options, run_main
 from uml_fast.experiment.heads import compare_heads, evaluate_heads
 from uml_fast.experiment.run import read_any_config
 from uml_fast.experiment.summary import compare
-from uml_fast.experiment.trained import finished_trials, load_model
+from uml_fast.experiment.trained import finished_trials, load_model, unfinished_trials
 from uml_fast.grid.run import GridConfig
 from uml_fast.report import print_table
+from uml_fast.report.table import ROW_AXES, Metric
 from uml_fast.runtime.device import resolve_device
+from uml_fast.runtime.progress import LongWork
 from uml_fast.training.measure import embeddings_and_labels, measure, pack_source
 
 
@@ -36,45 +40,81 @@ def evaluate(folder: Path) -> Iterator[dict[str, Any]]:
             known = embeddings_and_labels(model, train)
             k = min(5, len(known[1]))
             numbers["knn"] = knn(*known, *embeddings_and_labels(model, test), k=k)
-        yield {"mode": mode, "seed": seed, "shots": None} | numbers
+        yield {"mode": mode, "seed": seed} | {k: v for k, v in numbers.items() if v is not None}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig:
+    """Measure the models of a run folder again, on its test samples.
+
+      python -m uml_fast.evaluate runs/numbers
+      python -m uml_fast.evaluate runs/numbers --json > numbers.json
+
+    probe: logistic regression on frozen embeddings; knn: nearest neighbours there; head: the shared
+    head; error: of predictions. A run that is not finished is measured as far as it is.
+    """
+
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    json: bool = False
+    """Print one JSON object instead of tables; accuracies are then parts of one."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.evaluate``; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m uml_fast.evaluate", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object instead of tables"
-    )
-    args = parser.parse_args(argv)
-    config = read_any_config(args.run)
+    given = options(EvaluateConfig, "evaluate", argv)
+    config = read_any_config(given.run)
+    missing: list[str] = []
     if isinstance(config, GridConfig):
-        results = evaluate_heads(args.run, config)
+        results = evaluate_heads(given.run, config)
         comparison = compare_heads(config, results)
     else:
-        results = list(evaluate(args.run))
+        missing = unfinished_trials(given.run, config)
+        results = []
+        with LongWork("evaluating trial", len(finished_trials(given.run))) as work:
+            for result in evaluate(given.run):
+                results.append(result)
+                work.add(1)
         comparison = compare(config, results)
-    if args.json:
+    if missing:
+        told = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        print(
+            f"not finished: {told} ({len(missing)} of {len(missing) + len(results)} trials); the "
+            "command that began the run goes on with it",
+            file=sys.stderr,
+        )
+    if given.json:
         print(json.dumps({"results": results, "comparison": comparison}, indent=1))
         return 0
-    columns = [
-        name
-        for name in ("probe", "knn", "head", "error")
-        if any(r.get(name) is not None for r in results)
-    ]
-    if results[0]["shots"] is not None:
-        columns = ["shots", *columns]
-    print("".join(f"{c:>10}" for c in ("mode", "seed", *columns)))
-    for r in results:
-        values = [r.get(c) for c in columns]
-        cells = "".join(
-            f"{v:>10}" if isinstance(v, int) else f"{'-' if v is None else f'{v:.4f}':>10}"
-            for v in values
-        )
-        print(f"{r['mode']:>10}{r['seed']:>10}{cells}")
+    print(_table(results))
     print(print_table({"recipe": config.recipe, "target": config.target, "metric": config.metric,
                        "results": results, "comparison": comparison, "baselines": []}))  # fmt: skip
     return 0
+
+
+def _table(results: Sequence[dict[str, Any]]) -> str:
+    """A row for each model, with units as in the comparison."""
+    measured = [n for n in ("probe", "knn", "head", "error") if _is_there(results, n)]
+    axes = [n for n in ("shots", *ROW_AXES) if _is_there(results, n)]
+    lines = [("mode", "seed", *(a.replace("_", " ") for a in axes), *map(_title, measured))]
+    for r in results:
+        places = (str(r[a]) if r.get(a) is not None else "-" for a in axes)
+        values = (Metric(n).text(r[n]) if r.get(n) is not None else "-" for n in measured)
+        lines.append((r["mode"], str(r["seed"]), *places, *values))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    out = ""
+    for row in lines:
+        first, *others = (c.rjust(w) for c, w in zip(row, widths, strict=True))
+        out += "  ".join([first.strip().ljust(widths[0]), *others]) + "\n"
+    return out
+
+
+def _is_there(results: Sequence[dict[str, Any]], name: str) -> bool:
+    return any(r.get(name) is not None for r in results)
+
+
+def _title(name: str) -> str:
+    return name if Metric(name).lower_is_better else f"{name} %"
 
 
 if __name__ == "__main__":

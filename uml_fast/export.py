@@ -7,14 +7,15 @@ docs/export.md has a few lines of Python for each.
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import tyro
 from torch import Tensor
 
-from uml_fast.cli import run_main
+from uml_fast.cli import options, run_main
 from uml_fast.config import ConfigError
 from uml_fast.experiment.heads import export_head
 from uml_fast.experiment.run import read_any_config, to_json
@@ -68,7 +69,9 @@ def export(
         mode = next(m for m in ("uml", "pretrained", *modes) if m in modes)
     trials = [t for t in there if t[0] == mode and seed in (None, t[1])]
     if not trials:
-        raise ConfigError(f"no finished trial {mode} seed {seed}; there are: {there}")
+        wanted = mode if seed is None else f"{mode}-{seed}"
+        names = ", ".join(f"{m}-{s}" for m, s in there)
+        raise ConfigError(f"{folder} has no finished trial {wanted}; there are: {names}")
     chosen = trials[0][1]
     model, config, task = load_model(folder, mode, chosen)
     trial = {"recipe": config.recipe, "mode": mode, "seed": chosen}
@@ -120,36 +123,46 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, s
         raise RunFolderError(f"cannot write {path}: {e}") from e
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportConfig:
+    """Write a run's target model for others: one plain file, or a folder that a library loads.
+
+      python -m uml_fast.export runs/numbers
+      python -m uml_fast.export runs/folders --to timm --seed 2 --out models/mine
+      python -m uml_fast.export runs/vision_text --shots 16      the chosen head as one matrix
+
+    docs/export.md has the lines of Python that load each.
+    """
+
+    run: Annotated[Path, tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    to: Literal["safetensors", "timm", "transformers"] = "safetensors"
+    """Format: one file that holds any model, or a folder that the library loads."""
+    mode: str | None = None
+    """Trial of this mode or variant; None: uml, or pretrained."""
+    seed: int | None = None
+    """Seed of the trial; None: the first that is finished."""
+    out: Path | None = None
+    """What to write; None: RUN/<target>.safetensors or RUN/<target>-<to>."""
+    shots: int | None = None
+    """Of heads on frozen features: shots; None: the most."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.export``; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uml_fast.export", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--to", choices=["safetensors", "timm", "transformers"], default="safetensors",
-        help="format: one file that holds any model, or a folder that the library loads",
-    )  # fmt: skip
-    parser.add_argument(
-        "--mode", help="unimodal, random or another variant; default: uml, or pretrained"
-    )
-    parser.add_argument(
-        "--seed", type=int, help="seed of the trial; default: the first that is finished"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="to write; default: RUN/<target>.safetensors or RUN/<target>-<to>"
-    )
-    parser.add_argument("--shots", type=int, help="of a grid of heads: shots; default: the most")
-    args = parser.parse_args(argv)
-    if isinstance(read_any_config(args.run), GridConfig):
-        if args.to != "safetensors":
+    given = options(ExportConfig, "export", argv)
+    if isinstance(read_any_config(given.run), GridConfig):
+        if given.to != "safetensors":
             raise ConfigError(
-                f"{args.run} holds heads on features of a frozen encoder: one matrix, which --to "
+                f"{given.run} holds heads on features of a frozen encoder: one matrix, which --to "
                 "safetensors writes"
             )
-        print(export_head(args.run, args.mode or "uml", args.shots, args.seed, args.out))
+        mode = given.mode or "uml"
+        print(export_head(given.run, mode, given.shots, given.seed, given.out))
         return 0
-    print(export(args.run, args.mode, args.seed, args.out, args.to))
+    if given.shots is not None:
+        raise ConfigError("--shots is for heads on frozen features; this run has trained models")
+    print(export(given.run, given.mode, given.seed, given.out, given.to))
     return 0
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import tyro
 
-from uml_fast.cli import run_main
+from uml_fast.cli import options, run_main
+from uml_fast.config import require
 from uml_fast.data.shards.files import ShardSet, manifest_folder, read_manifest
 from uml_fast.data.shards.lengths import UNITS
 from uml_fast.data.source import DataError
@@ -19,29 +21,40 @@ _SHOWN_CLASSES = 20
 _SHOWN_TEXT = 60
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class InspectConfig:
+    """Show what is in shards: splits, classes, lengths, statistics, first samples and problems.
+
+      uml-fast inspect shards/photos
+      uml-fast inspect shards/photos --verify --split train
+      uml-fast inspect 'https://host/train-{000000..000031}.tar' --samples 0
+
+    The exit code is 1 where something is wrong with them.
+    """
+
+    shards: Annotated[str, tyro.conf.arg(metavar="SHARDS")]
+    """Folder that prepare wrote, or its URL; or tar files: a folder, glob, range, URL or pipe."""
+    split: str | None = None
+    """Only this split."""
+    verify: bool = False
+    """Read everything and compare it with the checksums."""
+    cache: Path | None = None
+    """Folder for copies of shards from elsewhere."""
+    samples: int = 3
+    """Samples shown of each split."""
+
+    def __post_init__(self) -> None:
+        require(self.samples >= 0, f"--samples is {self.samples}; it must not be negative")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the report; returns 0, or 1 where something is wrong with the shards."""
-    parser = argparse.ArgumentParser(
-        prog="python -m uml_fast.inspect",
-        description="Show splits, classes, lengths, statistics, first samples and problems.",
-        epilog="The exit code is 1 where something is wrong with them.",
-    )
-    parser.add_argument(
-        "shards", metavar="SHARDS",
-        help="folder that prepare wrote, or its URL; or tar files: folder, glob, range, URL, pipe",
-    )  # fmt: skip
-    parser.add_argument("--split", help="only this split")
-    parser.add_argument(
-        "--verify", action="store_true", help="read everything and compare with the checksums"
-    )
-    parser.add_argument("--cache", type=Path, help="folder for copies of shards from elsewhere")
-    parser.add_argument("--samples", type=int, default=3, help="samples shown of each split (3)")
-    args = parser.parse_args(argv)
-    faults = list(_report(args.shards, args.split, args.cache, args.samples, args.verify))
+    given = options(InspectConfig, "inspect", argv)
+    faults = list(_report(given.shards, given.split, given.cache, given.samples, given.verify))
     for fault in faults:
         print(f"WRONG: {fault}")
     if not faults:
-        print("nothing wrong found" if args.verify else "nothing wrong found (--verify reads all)")
+        print("nothing wrong found" if given.verify else "nothing wrong found (--verify reads all)")
     return 1 if faults else 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from uml_fast.cli import run_main
+from uml_fast.cli import options, run_main
 from uml_fast.config import require
 from uml_fast.cost.scaling import BETWEEN, CHIPS, Cluster, Network, Prediction, Stream, predict
 from uml_fast.model.transformer import vit
@@ -22,7 +22,13 @@ _SAFE = 0.95
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlanConfig:
-    """A run to plan: network, mix of modalities and machines."""
+    """Say what a run on a cluster will take, before it is started: network, mix, machines.
+
+      uml-fast plan --model b
+      uml-fast plan --model l --gpus 64 --nodes 8 --strategy fsdp --train-images 1.3e6
+
+    docs/scaling.md explains the model and compares it with what was measured.
+    """
 
     model: Literal["ti", "s", "b", "l"] = "b"
     """Backbone of the ViT family."""
@@ -175,9 +181,7 @@ def _remedy(config: PlanConfig, p: Prediction) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.plan``; returns the exit status."""
-    import tyro
-
-    config = tyro.cli(PlanConfig, args=argv, prog="python -m uml_fast.plan", description=__doc__)
+    config = options(PlanConfig, "plan", argv)
     for line in describe(config):
         print(line)
     print(

@@ -41,6 +41,8 @@ _PROG = "python -m uml_fast.search"
 _USAGE = f"""usage: {_PROG} RECIPE --over FIELD=VALUE,VALUE [FIELD=...] [options of the recipe]
 
 {__doc__}
+  python -m uml_fast.search numbers --over optim.lr=1e-3,3e-3 backbone.width=64,128 --seeds 3
+
 The options of a recipe: python -m uml_fast.train RECIPE --help
 """
 

@@ -216,7 +216,10 @@ def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_later(source, tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert code == 2
-    assert "free space or name another folder. The same command goes on" in capsys.readouterr().err
+    assert (
+        "free some space, or name a folder on another disk as OUT. The same command goes on"
+        in capsys.readouterr().err
+    )
     run("images", source, out, *SMALL)
     run("images", source, tmp_path / "whole", *SMALL)
     assert contents(out) == contents(tmp_path / "whole")

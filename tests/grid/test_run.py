@@ -143,7 +143,7 @@ def test_an_exported_head_is_one_matrix_for_the_encoders_rows(where: Path, tmp_p
               if (r["mode"], r["shots"], r["seed"]) == ("uml", 4, 2)]  # fmt: skip
     assert accuracy == pytest.approx(chosen[0]["head"])
     assert json.loads(metadata["head"])["cell"] == chosen[0]["cell"]
-    with pytest.raises(ConfigError, match="no head uml with 9 shots"):
+    with pytest.raises(ConfigError, match="no chosen head uml, 9 shots; there are: uml-1"):
         export.main([str(out), "--shots", "9"])
     with pytest.raises(RunFolderError, match="holds heads on frozen features, not a trained model"):
         extract.main(["image", "nothing", "--encoder", str(out), "--out", str(tmp_path)])

@@ -259,6 +259,11 @@ def _verdict(
     side = words[0] if gain > 0 else words[1]
     if diff.n == 1:
         return f"one seed: no interval ({own} - {other} is {amount(diff.mean, '+')}{unit})"
+    if diff.n == 2 and diff.ci95_low is not None and diff.ci95_high is not None:
+        return (
+            f"two seeds show nothing ({own} - {other} is {amount(diff.mean, '+')}{unit}, 95 % "
+            f"interval {amount(diff.ci95_low, '+')}..{amount(diff.ci95_high, '+')}); take --seeds 5"
+        )
     if diff.ci95_low is None or diff.ci95_high is None:
         if gain == 0:
             return f"no difference shown (equal in all {diff.n} seeds)"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from uml_fast.data.source import DataError
 from uml_fast.grid.features import Features
-from uml_fast.runtime.files import replace_file
+from uml_fast.runtime.files import advice, replace_file
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,7 +84,7 @@ def save_features(
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, save(tensors, metadata))
     except OSError as e:
-        raise DataError(f"cannot write {path}: {e}; free space or choose another --out") from e
+        raise DataError(f"cannot write {path}: {e.strerror or e}; {advice(e)}") from e
 
 
 def load_features(path: Path) -> NamedFeatures:

@@ -70,9 +70,9 @@ def export_head(
     ]  # fmt: skip
     if not fitting:
         names = ", ".join(h.path.stem for h in heads[:20])
-        raise ConfigError(
-            f"no head {variant} with {shots} shots and seed {seed}; there are: {names}"
-        )
+        wanted = f"{variant}{'' if shots is None else f', {shots} shots'}"
+        wanted += "" if seed is None else f", seed {seed}"
+        raise ConfigError(f"{folder} has no chosen head {wanted}; there are: {names}")
     chosen = min(fitting, key=place)
     path = out or folder / f"{chosen.metadata['target']}.safetensors"
     try:

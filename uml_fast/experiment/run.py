@@ -90,9 +90,10 @@ def read_any_config(folder: Path) -> RunConfig | GridConfig:
     try:
         config = from_json(json.loads(path.read_text())["config"])
     except FileNotFoundError:
-        raise RunFolderError(
-            f"{folder} holds no run (no run.json); train one with --out {folder}"
-        ) from None
+        meant = Path("runs") / folder
+        is_meant = (meant / "run.json").exists()
+        advice = f"did you mean {meant}?" if is_meant else f"train one with --out {folder}"
+        raise RunFolderError(f"{folder} holds no run (no run.json); {advice}") from None
     except (OSError, json.JSONDecodeError, KeyError) as e:
         raise RunFolderError(f"cannot read {path}: {e}") from e
     if not isinstance(config, (RunConfig, GridConfig)):

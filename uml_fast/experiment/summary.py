@@ -61,7 +61,7 @@ def compare(config: RunConfig, results: Sequence[dict[str, Any]]) -> list[dict[s
     first, second = config.compared
     by_mode: dict[str, dict[int, float]] = defaultdict(dict)
     for r in results:
-        if r[config.metric] is not None:
+        if r.get(config.metric) is not None:
             by_mode[r["mode"]][r["seed"]] = r[config.metric]
     seeds = sorted(by_mode[first].keys() & by_mode[second].keys())
     if not seeds:

@@ -31,6 +31,16 @@ def finished_trials(folder: Path) -> list[tuple[str, int]]:
     )
 
 
+def unfinished_trials(folder: Path, config: RunConfig) -> list[str]:
+    """``<mode>-<seed>`` of every trial that the run has planned and that has no result yet."""
+    planned = (
+        f"{mode}-{seed}"
+        for seed in range(config.seed, config.seed + config.seeds)
+        for mode in config.modes
+    )
+    return [name for name in planned if not (folder / "trials" / name / "result.json").exists()]
+
+
 def load_model(folder: Path, mode: str, seed: int) -> tuple[Uml, RunConfig, Task]:
     """The trained model of one trial, with the mode's configuration and data.
 

@@ -62,7 +62,8 @@ def unknown(kind: str, given: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, names, n=3, cutoff=0.5)
     if near:
         return f"unknown {kind} {given!r}; did you mean {' or '.join(near)}?"
-    return f"unknown {kind} {given!r}; there are: {', '.join(names)}"
+    there = f"there are: {', '.join(names)}" if names else "there is none"
+    return f"unknown {kind} {given!r}; {there}"
 
 
 def load_recipe(name: str) -> RunConfig | GridConfig:

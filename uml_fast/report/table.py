@@ -78,21 +78,28 @@ class Metric:
         return f"{100 * value:{sign}.1f}"
 
     def interval(self, entry: Mapping[str, Any], sign: str = "") -> str:
-        """The row's interval, empty where there is none."""
+        """The row's interval, empty where there is none; ``sign``: that of a difference.
+
+        That of a mean accuracy is shown without what lies beyond 0 and 100 %, where no mean can be;
+        that of a difference is shown whole.
+        """
         low, high = entry.get("ci95_low"), entry.get("ci95_high")
-        return (
-            ""
-            if low is None or high is None
-            else f"{self.text(low, sign)}..{self.text(high, sign)}"
-        )
+        if low is None or high is None:
+            return ""
+        if not (sign or self.lower_is_better):
+            low, high = max(low, 0.0), min(high, 1.0)
+        return f"{self.text(low, sign)}..{self.text(high, sign)}"
 
     def side(self, entry: Mapping[str, Any]) -> str:
         """better or worse where the interval of the difference excludes zero, else nothing.
 
-        Nothing either where the correction for several settings (``p_holm``) does not uphold it.
+        Nothing either where the correction for several settings (``p_holm``) does not uphold it,
+        and with two seeds, which show nothing.
         """
         low, high = entry.get("ci95_low"), entry.get("ci95_high")
-        if low is None or high is None or low <= 0 <= high or (entry.get("p_holm") or 0.0) > 0.05:
+        if low is None or high is None or low <= 0 <= high or entry.get("n") == 2:
+            return ""
+        if (entry.get("p_holm") or 0.0) > 0.05:
             return ""
         return "better" if (low > 0) != self.lower_is_better else "worse"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
@@ -20,6 +21,15 @@ def replace_file(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def advice(error: OSError, how: str = "with --out") -> str:
+    """What to do where a file cannot be written, by the reason; ``how`` another folder is named."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"free some space, or name a folder on another disk {how}"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"make it writable for you, or name another folder {how}"
+    return f"name another folder {how}"
 
 
 def sha256_of(path: Path) -> str:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from uml_fast.runtime.files import replace_file
+from uml_fast.runtime.files import advice, replace_file
 from uml_fast.training.live import LiveLine, PlannedTrial
 from uml_fast.training.wandb_runs import WandbRuns
 
@@ -45,9 +45,7 @@ def write_json(path: Path, value: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, text)
     except OSError as e:
-        raise RunFolderError(
-            f"cannot write {path}: {e.strerror or e}; free space or choose another --out"
-        ) from e
+        raise RunFolderError(f"cannot write {path}: {e.strerror or e}; {advice(e)}") from e
 
 
 @contextlib.contextmanager
@@ -55,10 +53,8 @@ def _naming(path: Path, action: str = "write") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
         raise RunFolderError(
-            f"cannot {action} {path}: {reason}; free some space, check its permissions, "
-            "or name another folder with --out"
+            f"cannot {action} {path}: {error.strerror or error}; {advice(error)}"
         ) from error
 
 

@@ -383,7 +383,7 @@ class Trial:
                 aligned = AlignedSources.of(self.task, self.config, self.device)
                 probes = aligned_probes(model, self.config, aligned, names)
         return {
-            "mode": self.mode, "seed": self.seed, "shots": None, "steps": self.step,
+            "mode": self.mode, "seed": self.seed, "steps": self.step,
             "probe": measured.probe, "head": measured.head, "error": measured.error,
             "validation": measured.validation, "probes": probes,
             "baselines": dict(self.task.baselines),

@@ -20,7 +20,7 @@ from uml_fast.data.prepare.writer import WORK, SplitWriter, clear, exclusive, re
 from uml_fast.data.shards.files import MANIFEST, read_manifest
 from uml_fast.data.shards.index import ShardIndex
 from uml_fast.data.source import DataError
-from uml_fast.runtime.files import replace_file
+from uml_fast.runtime.files import advice, replace_file
 from uml_fast.runtime.progress import StatusLine, duration
 
 PROBLEMS = "problems.jsonl"
@@ -106,7 +106,7 @@ def build(job: Job, stream: TextIO | None = None) -> dict[str, Any]:
             return made
     except OSError as e:
         raise DataError(
-            f"cannot write into {job.out}: {e.strerror or e}; free space or name another folder. "
+            f"cannot write into {job.out}: {e.strerror or e}; {advice(e, 'as OUT')}. "
             "The same command goes on where it stopped"
         ) from e
 
