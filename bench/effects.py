@@ -54,7 +54,7 @@ def keep(name: str, given: Sequence[str], against: Mapping[str, str]) -> Path:
     for summary, info, uml in zip(summaries, infos, called, strict=True):
         own = info["config"]["data"].get("shots")
         for r in summary["results"]:
-            shots = r.get("shots", own)
+            shots = own if r.get("shots") is None else r["shots"]
             mode = uml if r["mode"] == "uml" else r["mode"]
             results.append({k: r[k] for k in _RESULT if k in r} | {"shots": shots, "mode": mode})
         baselines += [b | {"shots": b.get("shots", own)} for b in summary["baselines"]]

@@ -25,7 +25,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 def advice(error: OSError, how: str = "with --out") -> str:
     """What to do where a file cannot be written, by the reason; ``how`` another folder is named."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"free some space, or name a folder on another disk {how}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"make it writable for you, or name another folder {how}"
