@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ import pytest
 from tests.data.test_produce import MIX, SOURCES, Lazy
 from uml_fast.data.loading import packs, produce
 from uml_fast.data.loading.loader import Loader, layouts_of
-from uml_fast.data.loading.reading import my_reading
-from uml_fast.data.source import Source
+from uml_fast.data.loading.reading import Reading, my_reading
+from uml_fast.data.source import DataError, Source
 
 pytestmark = pytest.mark.native
 
@@ -148,9 +149,29 @@ def test_a_source_that_raises_anything_ends_the_loader(monkeypatch: pytest.Monke
 
     with (
         Loader((Ends(SOURCES[0]), SOURCES[1]), LAYOUTS, MIX, seed=0) as loader,
-        pytest.raises(SystemExit, match="the reader was ended"),
+        pytest.raises(
+            DataError, match=r"a: thread uml-read-\d was ended from outside \(SystemExit"
+        ),
     ):
         next(loader)
+
+
+def test_a_reader_that_ends_between_parts_is_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, calls = Reading.begin, []
+
+    def ended(self: Reading, *args: Any) -> None:
+        calls.append(0)
+        if len(calls) == 20:
+            raise SystemExit
+        begin(self, *args)
+
+    monkeypatch.setattr(Reading, "begin", ended)
+    with (
+        Loader((Lazy(SOURCES[0]), Lazy(SOURCES[1])), LAYOUTS, MIX, seed=0) as loader,
+        pytest.raises(DataError, match="was ended from outside"),
+    ):
+        while True:
+            next(loader)
 
 
 SCRIPT = """

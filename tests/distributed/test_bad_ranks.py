@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -23,6 +24,7 @@ from uml_fast.data.synthetic import SyntheticConfig
 from uml_fast.distributed import ranks as ranks_module
 from uml_fast.experiment import run as run_module
 from uml_fast.packing.pack import PackedBatch
+from uml_fast.training import checkpoint, saving
 from uml_fast.training.step import TrainStep
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +95,34 @@ def port_in_use() -> None:
     os.environ["MASTER_PORT"] = os.environ["TAKEN_PORT"]
 
 
+def full_disk() -> None:
+    """From its second checkpoint on the second rank's disk is full."""
+    write = checkpoint._write
+    saving.RETRY_S = (0.0, 0.0)
+
+    def full(path: Path, *rest: Any) -> None:
+        if is_second() and path.parent.name != "step-000000005.tmp":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, *rest)
+
+    checkpoint._write = full
+
+
+def disk_away() -> None:
+    """The second rank cannot reach its disk twice for each of its checkpoints."""
+    write = checkpoint._write
+    saving.RETRY_S = (0.0, 0.0)
+    tried: list[Path] = []
+
+    def away(path: Path, *rest: Any) -> None:
+        tried.append(path)
+        if is_second() and tried.count(path) < 3:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        write(path, *rest)
+
+    checkpoint._write = away
+
+
 def nothing() -> None:
     pass
 
@@ -127,6 +157,10 @@ CASES: tuple[tuple[str, Callable[[], None], list[str], str], ...] = (
     ("no data", no_data, [], "/data/shards/image: no such folder"),
     ("memory", no_memory, [], "rank 1 has too little memory at step 3 of uml seed 0"),
     ("memory, forward", no_memory_in_forward, [], "Lower --mix.token-budget from 700 to 512"),
+    (
+        "full disk", full_disk, ["--dist.strategy", "fsdp"],
+        "step-000000010.tmp/part-00001-of-00002.safetensors: No space left on device",
+    ),
     ("a defect", defect, [], "mat1 and mat2 shapes cannot be multiplied"),
 )  # fmt: skip
 """Name, what is done first on each rank, options, and what is said."""
@@ -147,6 +181,11 @@ def test_one_rank_says_what_is_wrong_and_all_fail(
         assert text.count(f"RuntimeError: {said}") == 1 and "another rank" not in text
         return
     assert "Traceback" not in text
+    if name == "full disk":
+        newest = checkpoint.load_latest(tmp_path / "run/trials/uml-0/checkpoints")
+        assert newest is not None and newest.step == 5
+        assert "trying again in 0 s" in text
+        text = text[text.index("error: ") :]
     assert " ".join(text.split()).count(said) == 1 and len(told) == 1 and said in told[0]
 
 
@@ -172,6 +211,15 @@ def run_two(
     text = "".join((folder / f"log-{rank}").read_text() for rank in range(2))
     told = [json.loads(p.read_text())["message"]["message"] for p in folder.glob("error-*")]
     return text, told, codes
+
+
+def test_a_disk_that_is_away_for_a_while_stops_nothing(tmp_path: Path) -> None:
+    options = ["--dist.strategy", "fsdp", "--steps", "12"]
+    text, told, codes = run_two("away", disk_away, options, tmp_path)
+    assert codes == [0, 0] and not told, text
+    assert text.count("Stale file handle") == 2 * 3
+    newest = checkpoint.load_latest(tmp_path / "run/trials/uml-0/checkpoints")
+    assert newest is not None and newest.step == 12
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

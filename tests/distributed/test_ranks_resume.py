@@ -9,44 +9,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from uml_fast.data.loading.loader import streams_of
 from uml_fast.experiment.run import read_config
 from uml_fast.packing.resume import left_over
-from uml_fast.prepare import main as prepare
 from uml_fast.training import checkpoint
-
-Image = pytest.importorskip("PIL.Image")
 
 ROOT = Path(__file__).parents[2]
 PHASES = ((2, 11), (2, 15), (1, 19), (3, None))
 """Ranks, and the step before which all of them are killed; checkpoints are at 8, 12 and 16."""
 SAVED = (0, 8, 12, 16, 24)
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """143 JPEG images and some 60 texts to train on, in shards of a few kilobytes."""
-    root = tmp_path_factory.mktemp("ranks")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 143), ("val", 6), ("test", 6)):
-        for i in range(count):
-            folder = root / "pictures" / split / ("cat", "dog")[i % 2]
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.jpg")
-    rows = [
-        {"text": f"{i} " + "x" * int(rng.integers(1, 30)), "label": ("cat", "dog")[i % 2]}
-        for i in range(80)
-    ]
-    (root / "texts").mkdir()
-    (root / "texts" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    shards = root / "shards"
-    assert prepare(["images", str(root / "pictures"), str(shards / "image")]) == 0
-    assert prepare(["text", str(root / "texts"), str(shards / "text")]) == 0
-    return shards
 
 
 def train(ranks: int, backend: str, folder: Path, env: dict[str, str]) -> int:

@@ -1,5 +1,6 @@
 """The metrics file and TensorBoard events over kills and resumes, errors that name the path."""
 
+import contextlib
 import io
 import json
 import logging
@@ -122,18 +123,43 @@ class TestFolderErrors:
 
             quiet(Path("/proc/no-such-run"))
 
-    def test_a_full_disk(self, tmp_path):
-        log = quiet(tmp_path)
-        log.begin("uml", 0)
-        log.write(1, loss=1.0)
+    @staticmethod
+    @contextlib.contextmanager
+    def full_disk(room):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
         try:
-            with pytest.raises(RunFolderError, match=r"write .*metrics.jsonl: File too large"):
-                log.write(2, loss=1.0)
+            yield
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        log.end()
+
+    def test_a_disk_that_is_full_for_a_while_loses_nothing(self, tmp_path, caplog):
+        with quiet(tmp_path) as log:
+            log.begin("uml", 0)
+            log.write(1, loss=1.0)
+            with self.full_disk(64):
+                for step in (2, 3, 4):
+                    log.write(step, loss=1.0)
+            assert len(read_metrics(tmp_path)) == 1
+            log.write(5, loss=1.0)
+        assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+        assert caplog.text.count("metrics.jsonl: File too large; its lines wait") == 1
+
+    def test_a_disk_that_stays_full(self, tmp_path):
+        log = quiet(tmp_path)
+        log.begin("uml", 0)
+        with self.full_disk(64):
+            log.write(1, loss=1.0)
+            log.write(2, loss=1.0)
+            with pytest.raises(RunFolderError, match=r"write .*metrics.jsonl: File too large"):
+                log.end()
+
+    def test_an_error_under_way_is_told(self, tmp_path):
+        with self.full_disk(64), pytest.raises(KeyError, match="the first"), quiet(tmp_path) as log:
+            log.begin("uml", 0)
+            log.write(1, loss=1.0)
+            log.write(2, loss=1.0)
+            raise KeyError("the first")
 
 
 class TestEvents:

@@ -20,6 +20,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -123,7 +124,9 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
         self._live = LiveLine(trials, sys.stderr if stream is None else stream)
         self._wandb = wandb
-        self._file: TextIO | None = None
+        self._file: FileIO | None = None
+        self._unwritten = b""
+        """Lines that wait for a disk that is full or away."""
         self._trial: tuple[str, int] | None = None
         self._events: Any = None
         self._has_tensorboard = True
@@ -145,7 +148,7 @@ class RunLog:
             text = "".join(f"{line}\n" for line in kept)
             if not self.path.exists() or self.path.stat().st_size != len(text.encode()):
                 replace_file(self.path, text)
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("ab", buffering=0)
         self._trial = mode, seed
         self._events = self._open_events(mode, seed, resumed_step)
         if self._wandb is not None:
@@ -180,13 +183,14 @@ class RunLog:
                 record[name] = {k: _finite(v) for k, v in value.items()}
             else:
                 record[name] = _finite(value)
-        with _naming(self.path):
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
-        if self._events is not None:
-            with _naming(self.path.parent / "tensorboard"):
-                for name, value in _scalars(record):
-                    self._events.add_scalar(name, value, step)
+        was_late = bool(self._unwritten)
+        self._unwritten += (json.dumps(record) + "\n").encode()
+        try:
+            self._append(self._file)
+        except OSError as error:
+            if not was_late:
+                logger.warning("%s: %s; its lines wait in memory", self.path, error.strerror)
+        self._write_events(record)
         if self._wandb is not None:
             self._wandb.write(step, dict(_scalars(record)))
         self._live.update(record)
@@ -208,9 +212,9 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.end({} if result is None else _numbers(result))
         if self._file is not None:
-            with _naming(self.path):
-                self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with _naming(self.path), file:
+                self._append(file)
         if self._events is not None:
             with _naming(self.path.parent / "tensorboard"):
                 self._events.close()
@@ -223,8 +227,25 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.end()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # an error under way is told, not what it keeps the log from
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(RunFolderError):
+            self.end()
+
+    def _append(self, file: FileIO) -> None:
+        """Write what waits, as far as the disk takes it."""
+        while self._unwritten:
+            self._unwritten = self._unwritten[file.write(self._unwritten) :]
+
+    def _write_events(self, record: Mapping[str, Any]) -> None:
+        if self._events is None:
+            return
+        try:
+            for name, value in _scalars(record):
+                self._events.add_scalar(name, value, record["step"])
+        except OSError as error:  # its thread has ended
+            self._events = None
+            logger.warning("no more TensorBoard events of this trial: %s", error.strerror)
 
     def _open_events(self, mode: str, seed: int, resumed_step: int) -> Any:
         if not self._has_tensorboard:

@@ -20,8 +20,9 @@ from uml_fast.training.checkpoint import CheckpointError
 
 logger = logging.getLogger("uml_fast")
 
-RETRY_S = (1.0, 4.0)
-"""Seconds before the second and third try to write."""
+RETRY_S = (1.0, 4.0, 15.0, 40.0)
+"""Seconds before the second try to write and those after it: a minute, in which a file server
+comes back, and half of what schedulers leave between SIGTERM and SIGKILL."""
 _POLL_S = 0.05
 
 
@@ -109,7 +110,7 @@ class Saver:
         """Copy the tensors and begin to write; waits for the save before this one.
 
         Raises:
-            CheckpointError: the save before this one failed, three times.
+            CheckpointError: the save before this one failed, every time it was tried.
         """
         begin = time.perf_counter()
         self.wait()
@@ -133,7 +134,7 @@ class Saver:
         """Return when what was begun is on the disk.
 
         Raises:
-            CheckpointError: it could not be written, three times.
+            CheckpointError: it could not be written, every time it was tried.
         """
         if self._thread is not None:
             begin = time.perf_counter()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from uml_fast.data.loading.reading import Reading, my_reading
-from uml_fast.data.source import Samples
+from uml_fast.data.source import DataError, Samples
 from uml_fast.runtime.trace import Trace
 
 logger = logging.getLogger("uml_fast")
@@ -51,32 +51,49 @@ class Producers:
             thread.start()
 
     def _work(self) -> None:
-        reading = self._readings[threading.current_thread().name] = my_reading()
-        while not self._closed.is_set():
-            taken = self._loader.take(_POLL_S)
-            if taken is None:
-                continue
-            job, stream, samples, epochs, row_bytes = taken
-            source = self._sources[stream]
-            rejected: list[int] = []
-            reading.begin(source, samples)
-            try:
-                rows = row_bytes.view(source.row_dtype).reshape(-1, source.row_elems)
-                rejected = source.read(samples, rows, epochs)
-            except BaseException as error:  # whatever it is, the consumer must hear of it
-                self.error = self.error or error
-                self._loader.fail(f"{source.name}: {error}")
-            finally:
-                begin, spent = reading.end()
-                self._loader.finish(job, rejected)
-            if self._trace is not None:
-                for stage, ns in spent.items():
-                    if ns:
-                        self._trace.add(
-                            source.name, stage, stage, begin, begin + ns,
-                            pack=job.pack, slot=job.slot, samples=len(samples),
-                        )  # fmt: skip
-                        begin += ns
+        name = threading.current_thread().name
+        reading = self._readings[name] = my_reading()
+        try:
+            while not self._closed.is_set():
+                self._feed(reading)
+        except BaseException as error:  # the pack it had in hand would never be complete
+            self._fail("reading", error)
+
+    def _feed(self, reading: Reading) -> None:
+        """Read one part of a pack, if there is one to be read."""
+        taken = self._loader.take(_POLL_S)
+        if taken is None:
+            return
+        job, stream, samples, epochs, row_bytes = taken
+        source = self._sources[stream]
+        rejected: list[int] = []
+        reading.begin(source, samples)
+        try:
+            rows = row_bytes.view(source.row_dtype).reshape(-1, source.row_elems)
+            rejected = source.read(samples, rows, epochs)
+        except BaseException as error:  # whatever it is, the consumer must hear of it
+            self._fail(source.name, error)
+        finally:
+            begin, spent = reading.end()
+            self._loader.finish(job, rejected)
+        if self._trace is not None:
+            for stage, ns in spent.items():
+                if ns:
+                    self._trace.add(
+                        source.name, stage, stage, begin, begin + ns,
+                        pack=job.pack, slot=job.slot, samples=len(samples),
+                    )  # fmt: skip
+                    begin += ns
+
+    def _fail(self, what: str, error: BaseException) -> None:
+        """Hand the first error to the consumer; one that only ends a thread becomes an error."""
+        if not isinstance(error, Exception):
+            error = DataError(
+                f"{what}: thread {threading.current_thread().name} was ended from outside "
+                f"({type(error).__name__}); the same command continues from the last checkpoint"
+            )
+        self.error = self.error or error
+        self._loader.fail(f"{what}: {error}")
 
     def spent_s(self) -> dict[tuple[str, str], float]:
         """Seconds of thread time per modality and stage (read, decode)."""
