@@ -29,6 +29,7 @@ from bench.tables import (
     loader_table,
     multibench_table,
     ranks_table,
+    saving_table,
     scaling_table,
     step_table,
     train_table,
@@ -44,6 +45,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[Content], str]], ...] = (
     ("extract", "extract", "docs/features.md", extract_table),
     ("multibench", "multibench", "docs/multibench.md", multibench_table),
     ("ranks", "ranks", "docs/distributed.md", ranks_table),
+    ("saving", "saving", "docs/distributed.md", saving_table),
     ("scaling", "step", "docs/scaling.md", scaling_table),
 )
 """Name between the markers, bench whose rows it shows, page, and what makes it."""

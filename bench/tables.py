@@ -301,3 +301,19 @@ def ranks_table(content: Content) -> str:
             f"\nLargest relative difference of the loss from one rank's, 50 steps: {named}."
         )
     return "\n".join([*lines, "", conditions(content)])
+
+
+def saving_table(content: Content) -> str:
+    """Markdown: the part of training's time that checkpoints take."""
+    lines = [
+        "| checkpoint | MB | every | step, ms | a save holds up, ms (p20, p50, p80) | of the time "
+        "| steps beside it |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in content["rows"]:
+        held = f"{r['p20_ms']:.0f}, {r['p50_ms']:.0f}, {r['p80_ms']:.0f}"
+        lines.append(
+            f"| {r['provider']} | {r['checkpoint_mb']:.0f} | {r['every']} steps | "
+            f"{r['step_ms']:.0f} | {held} | {r['held_pct']:.2f} % | {r['slowed_pct']:+.2f} % |"
+        )
+    return "\n".join([*lines, "", conditions(content)])

@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 
 from uml_fast.runtime.stop import StopSignal
 from uml_fast.training import checkpoint
-from uml_fast.training.checkpoint import CheckpointError, load, load_latest, save
+from uml_fast.training.checkpoint import (
+    CheckpointError,
+    commit,
+    load,
+    load_latest,
+    save,
+    save_part,
+)
 
 
 def tensors_of_every_kind() -> dict[str, torch.Tensor]:
@@ -358,3 +365,23 @@ def test_parts_of_all_ranks_are_needed_to_commit(run_folder: Path) -> None:
     with pytest.raises(CheckpointError, match="1 of 2 parts"):
         checkpoint.commit(run_folder, 4, 2, keep=1)
     assert load_latest(run_folder) is None
+
+
+def test_parts_that_others_write_already_outlive_a_commit(run_folder: Path) -> None:
+    """A rank that is done with a step's part may write that of the next before the commit."""
+
+    def part(step: int, rank: int, ranks: int = 2) -> None:
+        rows = {"w": torch.full((2,), float(step))}
+        save_part(run_folder, step, rows, {"w": 2 * rank}, {"step": step}, rank, ranks)
+
+    part(3, 0)  # left behind by a run that was killed
+    part(10, 3, 4)
+    for rank in (0, 1):
+        part(5, rank)
+    part(10, 1)
+    commit(run_folder, 5, 2, keep=2)
+    assert sorted(p.name for p in run_folder.iterdir()) == ["step-000000005", "step-000000010.tmp"]
+    part(10, 0)
+    commit(run_folder, 10, 2, keep=2)
+    newest = load_latest(run_folder)
+    assert newest is not None and newest.step == 10 and newest.tensors["w"].tolist() == [10.0] * 4

@@ -97,7 +97,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], meta: Any, keep
         raise ValueError(f"step is {step} and keep is {keep}; they must be >= 0 and >= 1")
     path = folder / f"step-{step:09d}{SUFFIX}"
     header, ordered = _header(step, tensors, {"meta": json.dumps(meta)})
-    with _saving(path):
+    with _saving(path, folder):
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"step-*{SUFFIX}.tmp"):
             stale.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ def save_part(
     Raises:
         CheckpointError: as ``save``.
     """
-    at = _temporary(folder, step)
+    at = folder / f"step-{step:09d}.tmp"
     path = at / f"part-{rank:05d}-of-{ranks:05d}{SUFFIX}"
     kept = {name: t for name, t in tensors.items() if t.numel() or name not in offsets}
     places = {
@@ -135,7 +135,7 @@ def save_part(
         for name, t in kept.items()
     }
     header, ordered = _header(step, kept, {"meta": json.dumps(meta), OFFSETS: json.dumps(places)})
-    with _saving(path):
+    with _saving(path, folder):
         at.mkdir(parents=True, exist_ok=True)
         _write(path, header, ordered)
     return path
@@ -147,11 +147,13 @@ def commit(folder: Path, step: int, ranks: int, keep: int) -> Path:
     Raises:
         CheckpointError: parts are missing, or the folder cannot be renamed.
     """
-    path, temporary = folder / f"step-{step:09d}", _temporary(folder, step)
-    with _saving(path):
-        parts = sorted(temporary.glob(f"part-*{SUFFIX}"))
+    path, temporary = folder / f"step-{step:09d}", folder / f"step-{step:09d}.tmp"
+    with _saving(path, folder):
+        parts = list(temporary.glob(f"part-*-of-{ranks:05d}{SUFFIX}"))
         if len(parts) != ranks:
             raise CheckpointError(f"{temporary} has {len(parts)} of {ranks} parts")
+        for left in {*temporary.iterdir()} - {*parts}:  # of a run that was killed
+            left.unlink()
         if path.exists():
             shutil.rmtree(path)
         temporary.replace(path)
@@ -160,28 +162,26 @@ def commit(folder: Path, step: int, ranks: int, keep: int) -> Path:
     return path
 
 
-def _temporary(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:09d}.tmp"
-
-
 def _prune(folder: Path, step: int, keep: int) -> None:
     """Drop what is older than the ``keep`` newest, and what a history that was left wrote later."""
     files = newest_first(folder)
     abandoned = [p for p in files if _step_of(p) > step]
-    stale = [p for p in folder.glob("step-*.tmp") if p.is_dir()]
+    # those of a later step: other ranks may be writing their parts of it already
+    parts = [p for p in folder.glob("step-*.tmp") if p.is_dir()]
+    stale = [p for p in parts if _step_of(p.with_suffix("")) <= step]
     for old in abandoned + files[len(abandoned) + keep :] + stale:
         with contextlib.suppress(OSError):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 @contextlib.contextmanager
-def _saving(path: Path) -> Iterator[None]:
+def _saving(path: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
         raise CheckpointError(
             f"cannot write {path}: {e.strerror or e}; free space or choose a writable run folder. "
-            f"Earlier checkpoints in {path.parent} are intact"
+            f"Earlier checkpoints in {folder} are intact"
         ) from e
 
 
