@@ -144,7 +144,7 @@ def train_all(cases: Sequence[tuple[str, str, DistConfig, int]]) -> list[Any]:
     with join_ranks("cpu", timeout_s=60) as ranks:
         for case in cases:
             memory = 0.0 if case[1] == "samples" else 1e12
-            parallel._memory_bytes = lambda device, memory=memory: memory
+            parallel.memory_bytes = lambda device, memory=memory: memory
             out.append(train_on(ranks, *case))
     return out
 

@@ -127,6 +127,7 @@ def test_a_dry_run_says_what_would_be_trained_and_trains_nothing(
     assert "uml: 500 steps on 4 ranks (fsdp, weights in 2 parts), cpu" in text
     assert "pack of a rank: 1,024 rows (x 512, y 512); 4,096 a step" in text
     assert re.search(r"61,678 parameters.*\n +weights 0.1 MiB", text)
+    assert "gathered weights, from forward until backward, 0.2 MiB" in text
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"3 ranks cannot be divided into groups of .* 2"):

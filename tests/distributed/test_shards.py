@@ -36,7 +36,7 @@ def started(config: RunConfig, ranks: Ranks) -> tuple[TrainStep, Any]:
 
 def held_bytes(memory: float, strategy: Any, shard_ranks: int = 0) -> dict[str, int]:
     """Bytes of parameters and moments of this rank: between steps, and weights behind forward."""
-    parallel._memory_bytes = lambda device: memory
+    parallel.memory_bytes = lambda device: memory
     with join_ranks("cpu", timeout_s=60) as ranks:
         dist = DistConfig(strategy=strategy, shard_ranks=shard_ranks)
         step, batch = started(dataclasses.replace(step_config("thawing"), dist=dist), ranks)

@@ -134,10 +134,10 @@ def choose(config: DistConfig, model: nn.Module, ranks: Ranks, device: torch.dev
     if device.type != "cuda":
         return "ddp"
     whole = STATE_BYTES * sum(p.numel() for p in model.parameters())
-    return "fsdp" if whole > WHOLE_PART * _memory_bytes(device) else "ddp"
+    return "fsdp" if whole > WHOLE_PART * memory_bytes(device) else "ddp"
 
 
-def _memory_bytes(device: torch.device) -> float:
+def memory_bytes(device: torch.device) -> float:
     """Memory that a rank can use: its GPU's, or its part of the machine's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -169,7 +169,7 @@ def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.de
     losses.in_units = frozenset(n for n, p in model.named_parameters() if id(p) in inside)
     mesh = _mesh(config.dist, ranks, device)
     count = sum(p.numel() for p in model.parameters())
-    stays = stays_gathered(count, mesh.size(mesh.ndim - 1), _memory_bytes(device))
+    stays = stays_gathered(count, mesh.size(mesh.ndim - 1), memory_bytes(device))
     for unit in units:
         if config.compile:
             # its forward, not its call: FSDP gathers and frees weights in hooks around that

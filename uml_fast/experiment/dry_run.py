@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 
 from uml_fast.config import RunConfig
-from uml_fast.distributed.parallel import choose
+from uml_fast.cost.scaling import stays_gathered
+from uml_fast.distributed.parallel import choose, memory_bytes
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.experiment.run import to_json
 from uml_fast.runtime.device import resolve_device, resolve_dtype
@@ -53,6 +54,8 @@ def _lines(run: RunConfig, mode: str, world: int) -> Iterator[str]:
     yield f"  {count:,} parameters; memory of a rank, estimated:"
     yield f"    weights {4 * count / parts / _MIB:,.1f} MiB, gradients the same, fp32"
     yield f"    optimiser {8 * count / parts / _MIB:,.1f} MiB"
+    if parts > 1 and stays_gathered(count, parts, memory_bytes(device)):
+        yield f"    gathered weights, from forward until backward, {4 * count / _MIB:,.1f} MiB"
     if config.optim.ema:
         yield f"    averaged weights {4 * count / parts / _MIB:,.1f} MiB"
     kept = kept_bytes(config, max(layouts, key=lambda layout: layout.rows), dtype)
