@@ -1,7 +1,8 @@
 """A linear layer with fp32 masters: products in the dtype of the input.
 
-On a CPU with matrix tiles the gradients of the masters are summed and written in fp32, so that
-nothing is rounded to bf16 and cast back; elsewhere this is plain torch.
+On a CPU with matrix tiles, and for widths that they are used for, the gradients of the masters are
+summed and written in fp32, so that nothing is rounded to bf16 and cast back; elsewhere this is
+plain torch.
 """
 
 from __future__ import annotations
@@ -66,4 +67,4 @@ def _has_fp32_gradients(input: Tensor, weight: Tensor) -> bool:
         return False
     from uml_fast.kernels.native.linear import has_tiles
 
-    return has_tiles(input.dtype)
+    return has_tiles(input.dtype, *weight.shape)

@@ -20,8 +20,15 @@ def column_sum(input: Tensor) -> Tensor:
     return out
 
 
-def has_tiles(dtype: torch.dtype) -> bool:
-    """Whether csrc/cpu/weight_gradient.cpp multiplies this dtype here."""
+WHOLE = 64
+"""Widths that csrc/cpu/weight_gradient.cpp is used for are multiples of it. At 40, 150 and 300 with
+2,048 hidden units it is no faster than oneDNN, and whole steps were slower (docs/log.md)."""
+
+
+def has_tiles(dtype: torch.dtype, N: int, K: int) -> bool:
+    """Whether csrc/cpu/weight_gradient.cpp makes the gradient of an (N, K) weight here."""
+    if N % WHOLE or K % WHOLE:
+        return False
     # the extension of an editable install may be older than this file
     has = getattr(library(), "has_weight_gradient", None)
     return dtype == torch.bfloat16 and has is not None and bool(has())
@@ -35,7 +42,7 @@ def weight_gradient(grad_TN: Tensor, input_TK: Tensor) -> Tensor:
     """
     T, N = grad_TN.shape
     K = input_TK.shape[1]
-    if has_tiles(grad_TN.dtype):
+    if has_tiles(grad_TN.dtype, N, K):
         out = grad_TN.new_empty(N, K, dtype=torch.float32)
         library().weight_gradient(
             torch.get_num_threads(), grad_TN.data_ptr(), input_TK.data_ptr(), T, N, K,
