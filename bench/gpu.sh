@@ -64,7 +64,8 @@ fi
 
 if [[ $part == all || $part == step ]]; then
   # 25 s of imports and contexts, the rest compiles about 60 kernels once; later parts reuse them
-  tests 150 "tests of the step" -m gpu tests/test_gpu.py tests/training tests/grid
+  tests 150 "tests of the step" -m gpu tests/test_gpu.py tests/training tests/grid \
+    tests/distributed/test_nccl.py
   tests 90 "step" bench/step.py
   tests 150 "grid" bench/grid.py -k cuda
 fi
