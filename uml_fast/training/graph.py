@@ -65,12 +65,21 @@ class Replays(Generic[R]):
 
     Args:
         function: one step on given packs, the same kernels every time; never waits for the device.
+        reset: drops what a part of a step leaves, its gradients, where one was not captured whole.
         device: where it runs.
         must: whether a step that cannot be captured is an error; else training goes on without.
     """
 
-    def __init__(self, function: Callable[[Packs], R], device: torch.device, must: bool) -> None:
-        self._function, self._device, self._must = function, device, must
+    def __init__(
+        self,
+        function: Callable[[Packs], R],
+        reset: Callable[[], None],
+        device: torch.device,
+        must: bool,
+    ) -> None:
+        self._function, self._reset, self._must = function, reset, must
+        # programs warm up and are captured on one stream: each has a memory cache of its own
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._calls: dict[Program, int] = {}
         self._captured: dict[Program, tuple[Packs, Callable[[], R]]] = {}
         # programs replay one behind the other, and results are copied: they share memory
@@ -93,7 +102,7 @@ class Replays(Generic[R]):
         if self._is_off:
             return self._function(packs)
         if calls <= WARM_STEPS:
-            with _aside(self._device):
+            with _on(self._stream):
                 return self._function(packs)
         if program not in self._captured and not self._capture(program, packs):
             return self._function(packs)
@@ -102,41 +111,43 @@ class Replays(Generic[R]):
             mine.copy_(given)
         return replay().copied()
 
-    def _capture(self, program: tuple[tuple[Layout, ...], frozenset[str]], packs: Packs) -> bool:
+    def _capture(self, program: Program, packs: Packs) -> bool:
         """Capture a program; False: it failed, and nothing will be captured any more."""
         own = tuple(pack.clone() for pack in packs)
         try:
             self._captured[program] = (
                 own,
-                capture(lambda: self._function(own), self._device, self._pool),
+                capture(lambda: self._function(own), self._stream, self._pool),
             )
         except RuntimeError as error:
             if self._must:
                 raise
             reason = str(error).splitlines()[0]
             logger.warning("no CUDA graph of the step (%s); training goes on without", reason)
+            self._reset()
             self._captured.clear()
             self._is_off = True
         return not self._is_off
 
 
 @contextlib.contextmanager
-def _aside(device: torch.device) -> Iterator[None]:
-    """Run kernels on a stream of their own, where cuBLAS and autograd warm up for a capture."""
-    if device.type != "cuda":
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Run kernels on a stream, behind those of the current one, which then waits for them."""
+    if stream is None:
         yield
         return
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(current)
-    with torch.cuda.stream(side):
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
         yield
-    current.wait_stream(side)
+    current.wait_stream(stream)
 
 
-def capture(function: Callable[[], R], device: torch.device, pool: Any) -> Callable[[], R]:
+def capture(function: Callable[[], R], stream: Any, pool: Any) -> Callable[[], R]:
     """What replays the kernels of ``function`` and returns its result, in the same memory always.
 
-    Nothing runs before the first replay. Graphs of one ``pool`` share memory, results apart.
+    Nothing runs before the first replay. Graphs of one ``pool``, captured on one ``stream``, share
+    memory, results apart.
 
     Raises:
         RuntimeError: something in ``function`` cannot be captured.
@@ -145,8 +156,8 @@ def capture(function: Callable[[], R], device: torch.device, pool: Any) -> Calla
     # the outer stream comes back also where the capture fails; other threads upload meanwhile,
     # which the mode "global" takes for an error
     with (
-        torch.cuda.stream(torch.cuda.current_stream(device)),
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        torch.cuda.stream(torch.cuda.current_stream(stream.device)),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
     ):
         result = function()
 

@@ -94,7 +94,8 @@ class TrainStep:
         self.average = Average(model, config.optim.ema) if config.optim.ema else None
         self._replays: Replays[StepResult] | None = None
         if is_wanted(config, ranks, device):
-            self._replays = Replays(self._step, device, must=config.cuda_graph == "on")
+            must = config.cuda_graph == "on"
+            self._replays = Replays(self._step, self.optimizer.zero_grad, device, must)
         self.waited_s = 0.0
         """Seconds in which this rank waited for the forward pass of slower ones (on CPUs)."""
 
