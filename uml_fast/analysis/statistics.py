@@ -261,8 +261,8 @@ def _verdict(
         return f"one seed: no interval ({own} - {other} is {amount(diff.mean, '+')}{unit})"
     if diff.n == 2 and diff.ci95_low is not None and diff.ci95_high is not None:
         return (
-            f"two seeds show nothing ({own} - {other} is {amount(diff.mean, '+')}{unit}, 95 % "
-            f"interval {amount(diff.ci95_low, '+')}..{amount(diff.ci95_high, '+')}); take --seeds 5"
+            f"two seeds show nothing, take --seeds 5 ({own} - {other} is {amount(diff.mean, '+')}"
+            f"{unit}, 95 % interval {amount(diff.ci95_low, '+')}..{amount(diff.ci95_high, '+')})"
         )
     if diff.ci95_low is None or diff.ci95_high is None:
         if gain == 0:

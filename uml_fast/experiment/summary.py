@@ -25,7 +25,7 @@ _APART = ("baselines", "probes")
 _GROUPS = ("stages", "read_ms", "decode_ms", "assemble_ms", "stall_ms", "wait_pct")
 _RATES = (
     "tokens_per_s", "samples_per_s", "mfu", "mfu_datasheet", "stall_pct", "fill_pct", "ranks",
-    "imbalance_pct", "comm_pct",
+    "imbalance_pct", "comm_pct", "memory_mib",
 )  # fmt: skip
 
 

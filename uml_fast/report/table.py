@@ -17,6 +17,7 @@ THROUGHPUT = (
     ("mfu_datasheet", "MFU of the datasheet peak", "the same over the maker's figure"),
     ("stall_pct", "stall", "time the device waited for data"),
     ("fill_pct", "fill", "rows of a pack that hold samples"),
+    ("memory_mib", "MiB of memory", "tensors on a GPU at most, else the process; most of a rank"),
     ("ranks", "ranks", "processes that trained one model"),
     ("imbalance_pct", "imbalance", "tokens that ranks had less than the one with most, on average"),
     ("comm_pct", "exchange", "time of exchanging weights and gradients"),
