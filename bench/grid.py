@@ -199,7 +199,7 @@ def test_both_train_the_same_heads(device: str) -> None:
     data, cells = made_data(), cells_of_the_grid()[:4]
     theirs = one_after_another(data, on(device, data), cells, loss_of)
     schedule = HeadSchedule(steps=SCHEDULE.steps, eval_every=SCHEDULE.steps, patience=1000)
-    heads = Heads(data, cells, 1)
+    heads = Heads(data, cells, 1, precision=SCHEDULE.precision)
     for cell, expected in zip(cells, theirs, strict=True):
         heads.start(0, cell)
         heads.train({0: whole_lesson(data, cell)})

@@ -91,7 +91,7 @@ HeadCell head_cell(Address weights, Address first, Address second, Address rates
 
 // The next steps of each cell; returns how many held-out samples each gets right after them.
 std::vector<int64_t> train_heads(
-    int threads, const SourceArguments& validation, int64_t classes,
+    int threads, const SourceArguments& validation, int64_t classes, bool may_halve,
     const std::vector<std::pair<CellArguments, std::vector<BranchArguments>>>& arguments) {
   std::vector<std::vector<HeadBranch>> branches(arguments.size());
   std::vector<HeadCell> cells;
@@ -102,7 +102,7 @@ std::vector<int64_t> train_heads(
     cells[i].branches = branches[i].data();
     cells[i].branch_count = static_cast<int64_t>(own.size());
   }
-  const HeadGrid grid{std::apply(head_source, validation), classes};
+  const HeadGrid grid{std::apply(head_source, validation), classes, may_halve};
   {
     const py::gil_scoped_release release;
     kernels().train_heads(threads, grid, cells.data(), static_cast<int64_t>(cells.size()));

@@ -2,56 +2,12 @@
 //
 // A step makes one pass over every matrix (head_matrix.h): it updates with the gradients of this
 // step and multiplies with the rows of the next one.
-#include <cmath>
-
-#include "head_matrix.h"
+#include "head_cell.h"
 #include "kernel_parts.h"
-#include "parallel.h"
 
 namespace uml::UML_ARCH {
 
 namespace {
-
-constexpr int kMostBranches = 16;
-constexpr int64_t kAhead = 4;    // rows that are asked for before they are read
-constexpr int64_t kScales = 16;  // floats that as many logit scales take in memory
-
-// Numbers below 1e-38 count as zero while this lives: moments of weights without a gradient decay
-// through them, and every operation on one takes 150 cycles.
-class TinyIsZero {
-#if defined(__SSE2__)
- public:
-  TinyIsZero() : before_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(before_ | 0x8040); }
-  ~TinyIsZero() { __builtin_ia32_ldmxcsr(before_); }
-  TinyIsZero(const TinyIsZero&) = delete;
-  TinyIsZero& operator=(const TinyIsZero&) = delete;
-
- private:
-  unsigned before_;
-#endif
-};
-
-// Memory of a thread, handed out in parts.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : at_(thread_scratch(static_cast<size_t>(floats))) {}
-  float* take(int64_t floats) {
-    float* part = at_;
-    at_ += round_up(floats, 16);
-    return part;
-  }
-  float* take_zeros(int64_t floats) {
-    float* part = take(floats);
-    std::memset(part, 0, static_cast<size_t>(floats) * sizeof(float));
-    return part;
-  }
-
- private:
-  float* at_;
-};
-
-// A stride for rows of `cols` floats that does not put all of them into the same sets of a cache.
-int64_t spread(int64_t cols) { return cols % 256 ? cols : cols + 16; }
 
 // One modality of a cell in training.
 struct Lane {
@@ -73,62 +29,6 @@ struct Lane {
     }
   }
 };
-
-// logits become the gradient of weight * mean cross-entropy of scale * logits; returns that of
-// scale.
-float cross_entropy_gradient(const Lane& lane, const int32_t* order, float scale, int64_t classes,
-                             int64_t stride) {
-  float scale_gradient = 0;
-  const HeadBranch& branch = *lane.branch;
-  const float factor = branch.weight / static_cast<float>(branch.batch);
-  const int64_t cols = round_up(classes, 16);
-  for (int64_t i = 0; i < branch.batch; ++i) {
-    float* row = lane.logits + i * stride;
-    const int32_t label = branch.source.labels[order[i]];
-    const float at_label = row[label];
-    const auto is_class = [&](int64_t c) { return iota() < static_cast<int32_t>(classes - c); };
-    Vec top = splat(-INFINITY);
-    for (int64_t c = 0; c < cols; c += kWidth) {
-      top = vmax(top, is_class(c) ? load(row + c) * scale : splat(-INFINITY));
-    }
-    const Vec highest = splat(max(top));
-    Vec total{}, weighted{};
-    for (int64_t c = 0; c < cols; c += kWidth) {
-      const Vec logit = load(row + c);
-      const Vec power = is_class(c) ? exp(logit * scale - highest) : Vec{};
-      total += power;
-      weighted += power * logit;
-      store(row + c, power);
-    }
-    const float share = factor / sum(total);
-    for (int64_t c = 0; c < cols; c += kWidth) store(row + c, load(row + c) * (share * scale));
-    row[label] -= factor * scale;
-    scale_gradient += sum(weighted) * share - at_label * factor;
-  }
-  return scale_gradient;
-}
-
-// Parameters of a cell in memory.
-struct Layout {
-  int64_t head, end;       // where the head and the first projection begin
-  int64_t width, classes;  // of the head
-  explicit Layout(const HeadCell& cell, int64_t grid_classes)
-      : head(round_up(cell.branch_count, kScales)),
-        width(cell.branches[cell.branch_count - 1].source.width),
-        classes(round_up(grid_classes, 16)) {
-    end = head + width * classes;
-  }
-};
-
-void update_scale(const HeadCell& cell, int64_t i, float gradient, const Adam& adam) {
-  alignas(64) float weight[kWidth] = {cell.weights[i]};
-  alignas(64) float first[kWidth] = {cell.first[i] / Adam::kFirst};
-  alignas(64) float second[kWidth] = {cell.second[i] / Adam::kSecond};
-  adam.update(weight, first, second, splat(gradient));
-  cell.weights[i] = weight[0];
-  cell.first[i] = first[0] * Adam::kFirst;
-  cell.second[i] = second[0] * Adam::kSecond;
-}
 
 void train_cell(const HeadGrid& grid, const HeadCell& cell) {
   const Layout layout(cell, grid.classes);
@@ -192,8 +92,8 @@ void train_cell(const HeadGrid& grid, const HeadCell& cell) {
       Lane& lane = lanes[i];
       if (updates) {
         const int32_t* order = lane.branch->order + step * lane.branch->batch;
-        const float gradient =
-            cross_entropy_gradient(lane, order, cell.weights[i], grid.classes, stride);
+        const float gradient = cross_entropy_gradient(*lane.branch, lane.logits, stride, order,
+                                                      cell.weights[i], grid.classes);
         if (cell.learns_scale) update_scale(cell, i, gradient, adam);
       }
       if (has_next) lane.gather(step + 1, lane.next_rows);
@@ -224,6 +124,13 @@ void train_cell(const HeadGrid& grid, const HeadCell& cell) {
     lanes[i].projection.unpack(cell.weights + at, cell.first + at, cell.second + at);
     at += cell.branches[i].source.width * width;
   }
+}
+
+void train_steps(const HeadGrid& grid, const HeadCell& cell) {
+#if defined(__AMX_BF16__)
+  if (grid.may_halve) return train_cell_in_halves(grid, cell);
+#endif
+  train_cell(grid, cell);
 }
 
 // The target's path as one matrix, and how many held-out samples it gets right.
@@ -268,7 +175,7 @@ void train_heads(int threads, const HeadGrid& grid, HeadCell* cells, int64_t cou
   parallel_for(threads, count, 1, [&](int64_t from, int64_t to) {
     const TinyIsZero guard;
     for (int64_t i = from; i < to; ++i) {
-      if (cells[i].steps > 0) train_cell(grid, cells[i]);
+      if (cells[i].steps > 0) train_steps(grid, cells[i]);
       if (cells[i].folded) look(grid, cells[i]);
     }
   });

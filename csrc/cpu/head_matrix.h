@@ -140,12 +140,15 @@ struct Adam {
     epsilon = splat(static_cast<float>(1e-8 / factor));
   }
 
-  UML_INLINE void update(float* weight, float* first, float* second, Vec gradient) const {
+  // Returns the new weight, too.
+  UML_INLINE Vec update(float* weight, float* first, float* second, Vec gradient) const {
     const Vec m = load(first) * kBeta1 + gradient;
     const Vec v = load(second) * kBeta2 + (gradient * gradient + kTiny);
+    const Vec w = load(weight) * decay - over_root(m, v);
     store(first, m);
     store(second, v);
-    store(weight, load(weight) * decay - over_root(m, v));
+    store(weight, w);
+    return w;
   }
 
   // m / (sqrt(v) * root + epsilon) within a few units in the last place: estimates and a Newton

@@ -149,6 +149,7 @@ struct HeadCell {
 struct HeadGrid {
   HeadSource validation;
   int64_t classes;
+  bool may_halve;  // products of steps as three of bf16 halves, where the processor has AMX
 };
 
 // Where files lie: `sizes` bytes from `offsets` on in open files.

@@ -10,6 +10,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.grid.made_heads import (
+    CELLS,
+    SHORT,
+    THREE,
+    UNIMODAL,
+    in_float64,
+    made_data,
+    name,
+    one_lesson,
+)
 from uml_fast.config import ConfigError
 from uml_fast.data.source import DataError
 from uml_fast.grid import (
@@ -22,60 +32,11 @@ from uml_fast.grid import (
     product,
     train_grid,
 )
+from uml_fast.grid.cells import Precision
 from uml_fast.grid.features import sample_order
-from uml_fast.grid.heads import Heads, Lesson
+from uml_fast.grid.heads import Heads
 from uml_fast.grid.reference import look, train_cell
 from uml_fast.grid.stacked import StackedHeads
-from uml_fast.grid.train import chosen_samples, next_lesson
-
-SHORT = HeadSchedule(steps=120, eval_every=20, warmup_steps=10, patience=3)
-
-
-def features(n: int, width: int, classes: int, seed: int) -> Features:
-    """Clouds around class means that both modalities can tell apart."""
-    rng = np.random.default_rng(seed)
-    means = np.random.default_rng(width).normal(size=(classes, width))
-    labels = np.arange(n) % classes
-    rows = means[labels] + rng.normal(size=(n, width)) * 2
-    return Features(torch.from_numpy(rows).float(), torch.from_numpy(labels))
-
-
-def made_data(image: int = 20, text: int = 37, classes: int = 7, audio: int = 9) -> HeadData:
-    train = {
-        "image": features(140, image, classes, 1),
-        "text": features(90, text, classes, 4),
-        "audio": features(60, audio, classes, 5),
-    }
-    return HeadData(
-        target="image", train=train, validation=features(56, image, classes, 2),
-        test=features(70, image, classes, 3), classes=classes,
-    )  # fmt: skip
-
-
-UNIMODAL = ("image",)
-THREE = ("image", "audio", "text")
-
-
-def one_lesson(data: HeadData, cell: Cell, steps: int = 30, begin: int = 0) -> Lesson:
-    held_out = np.arange(len(data.validation), dtype=np.int32)
-    chosen = chosen_samples(data, cell)
-    return next_lesson(cell, chosen, held_out, begin, begin + steps, SHORT)
-
-
-CELLS = [
-    Cell(batch=8, lr=1e-2, weight_decay=0.01),
-    Cell(batch=5, lr=1e-2, alpha=0.3, learn_scale=False),
-    Cell(batch=33, lr=3e-3, init="text", seed=3),
-    Cell(modalities=UNIMODAL, batch=16, lr=1e-2),
-    Cell(batch=1, lr=1e-3, alpha=0.0),
-    Cell(batch=8, lr=1e-2, ratio=0.25),
-    Cell(batch=6, lr=1e-2, ratio=4, scale=3.0),
-    Cell(modalities=THREE, batch=7, lr=1e-2, alpha=0.5, ratio=2),
-]
-
-
-def name(cell: Cell) -> str:
-    return f"{'+'.join(cell.modalities)} {cell.batch} {cell.ratio}"
 
 
 @pytest.mark.native
@@ -173,31 +134,6 @@ def test_cells_on_a_gpu_are_stacked() -> None:
         train_grid(made_data(), [Cell()], SHORT, device="cuda", stacked=False)
 
 
-def in_float64(data: HeadData, heads: Heads, lesson: Lesson) -> list[torch.Tensor]:
-    """Parameters after a lesson, written anew: by autograd and torch.optim in float64."""
-    cell = lesson.cell
-    parameters = [p.double().requires_grad_() for p in heads.parts(1, cell).tensors()]
-    scales, head, *projections = parameters
-    trained = parameters if cell.learn_scale else parameters[1:]
-    optimizer = torch.optim.AdamW(trained, weight_decay=cell.weight_decay)
-    for k, rate in enumerate(lesson.rates.tolist()):
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.zero_grad()
-        losses = []
-        for i, modality in enumerate(cell.modalities):
-            order = torch.from_numpy(lesson.orders[i][k])
-            samples = data.train[modality]
-            rows = samples.rows[order].double()
-            if cell.project and i + 1 < len(cell.modalities):
-                rows = rows @ projections[i][: samples.width]
-            rows = F.pad(rows, (0, len(head) - rows.shape[1]))
-            logits = scales[i] * (rows @ head)[:, : data.classes]
-            losses.append(F.cross_entropy(logits, samples.labels[order]))
-        sum([losses[0], *(cell.alpha * loss for loss in losses[1:])]).backward()
-        optimizer.step()
-    return [p.detach() for p in parameters]
-
-
 def test_the_batch_of_an_auxiliary_follows_the_ratio() -> None:
     data, cell = made_data(), Cell(modalities=THREE, batch=6, ratio=0.25)
     assert [order.shape for order in one_lesson(data, cell).orders] == [(30, 6), (30, 2), (30, 2)]
@@ -227,16 +163,19 @@ def same_weights(some: list[CellResult], others: list[CellResult]) -> bool:
 
 
 @pytest.mark.native
-def test_a_cell_is_the_same_alone_and_in_a_grid_of_more_cells_than_slots() -> None:
-    data = made_data()
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_cell_is_the_same_alone_and_in_a_grid_of_more_cells_than_slots(
+    precision: Precision,
+) -> None:
+    data, schedule = made_data(), dataclasses.replace(SHORT, precision=precision)
     cells = product(
         modalities=(UNIMODAL, THREE), lr=(1e-2, 1e-3), batch=(3, 8), shots=(1, 2, 0), seed=(1, 2)
     )
     assert len(cells) == 48
-    together = train_grid(data, cells, SHORT, keep_weights=True)
+    together = train_grid(data, cells, schedule, keep_weights=True)
     assert [r.cell for r in together] == cells
     for k in (0, 7, 29, 47):
-        (alone,) = train_grid(data, [cells[k]], SHORT, keep_weights=True)
+        (alone,) = train_grid(data, [cells[k]], schedule, keep_weights=True)
         assert as_values([alone]) == as_values([together[k]])
         assert same_weights([alone], [together[k]])
     assert len({r.steps for r in together}) > 1  # some stopped early

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -109,6 +109,9 @@ def product(**axes: Sequence[Any]) -> list[Cell]:
     ]
 
 
+Precision = Literal["highest", "high"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeadSchedule:
     """Length and learning rate of every cell (paper 1.4, table 5)."""
@@ -123,6 +126,10 @@ class HeadSchedule:
     """Steps between looks at the validation samples; the first is before step 0."""
     patience: int = 10
     """Looks without a better validation accuracy after which a cell stops."""
+    precision: Precision = "high"
+    """Of the products in a step. high: fp32 values as sums of two bf16 halves on a CPU with AMX,
+    errors some 1e-5 of the largest terms (torch's float32_matmul_precision of this name), fp32
+    elsewhere; highest: fp32 everywhere."""
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"steps is {self.steps}; it must be >= 1")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uml_fast.grid.cells import Cell
+from uml_fast.grid.cells import Cell, Precision
 from uml_fast.grid.features import Features, HeadData, few_shot, stream
 from uml_fast.kernels.native.library import library
 
@@ -93,6 +93,7 @@ class Heads:
         cells: those that slots must have room for.
         slots: K.
         device: where they lie.
+        precision: of the products in a step (``HeadSchedule.precision``).
     """
 
     def __init__(
@@ -101,8 +102,10 @@ class Heads:
         cells: Iterable[Cell],
         slots: int,
         device: torch.device = torch.device("cpu"),  # noqa: B008
+        precision: Precision = "highest",
     ) -> None:
         self.data = data
+        self._precision = precision
         self.classes = data.classes
         self.slots = slots
         cells = list(cells)
@@ -189,7 +192,7 @@ class Heads:
             for name, bank in {**self.banks, "": self.validation}.items()
         }
         right = native.train_heads(
-            torch.get_num_threads(), sources[""], self.classes,
+            torch.get_num_threads(), sources[""], self.classes, self._precision == "high",
             [
                 (
                     (

@@ -100,7 +100,7 @@ def train_grid(
     if stacked:
         heads: Heads = StackedHeads(data, cells, place)
     else:
-        heads = Heads(data, cells, min(_SLOTS, len(cells)))
+        heads = Heads(data, cells, min(_SLOTS, len(cells)), precision=schedule.precision)
     held: dict[int, _Progress] = {}
     free = list(range(heads.slots))
     results: dict[int, CellResult] = {}
