@@ -112,6 +112,20 @@ std::vector<int64_t> train_heads(
   return right;
 }
 
+// How many of the first samples of a source each folded matrix gets right.
+std::vector<int64_t> test_heads(int threads, const SourceArguments& source, int64_t samples,
+                                int64_t classes, const std::vector<Address>& folded) {
+  std::vector<const float*> matrices;
+  for (const Address address : folded) matrices.push_back(at<const float>(address));
+  std::vector<int64_t> right(folded.size());
+  {
+    const py::gil_scoped_release release;
+    kernels().test_heads(threads, std::apply(head_source, source), samples, classes,
+                         matrices.data(), static_cast<int64_t>(folded.size()), right.data());
+  }
+  return right;
+}
+
 }  // namespace
 }  // namespace uml
 
@@ -323,6 +337,7 @@ void bind_cpu(py::module_& module) {
       },
       nogil);
   m.def("train_heads", train_heads);
+  m.def("test_heads", test_heads);
   m.def("has_weight_gradient", [] { return kernels().has_weight_gradient(); });
   m.def(
       "weight_gradient",

@@ -133,11 +133,37 @@ void train_steps(const HeadGrid& grid, const HeadCell& cell) {
   train_cell(grid, cell);
 }
 
+// How many of `count` samples, those of `order` or the first ones, a folded matrix gets right.
+int64_t count_right(const HeadSource& source, const int32_t* order, int64_t count,
+                    const float* folded, int64_t classes) {
+  constexpr int64_t kRows = 32;
+  const int64_t width = source.width, cols = round_up(classes, 16);
+  Scratch scratch(kRows * (width + cols) + 64);
+  float* rows = scratch.take_zeros(kRows * width);
+  float* logits = scratch.take(kRows * cols);
+  int64_t right = 0;
+  for (int64_t begin = 0; begin < count; begin += kRows) {
+    const auto sample = [&](int64_t i) { return order ? order[begin + i] : begin + i; };
+    const int64_t some = smaller(kRows, count - begin);
+    for (int64_t i = 0; i < some; ++i) {
+      std::memcpy(rows + i * width, source.rows + sample(i) * width,
+                  static_cast<size_t>(width) * sizeof(float));
+    }
+    product({rows, width, 1}, folded, cols, logits, cols, kRows, cols, width);
+    for (int64_t i = 0; i < some; ++i) {
+      const float* row = logits + i * cols;
+      int64_t best = 0;
+      for (int64_t c = 1; c < classes; ++c) best = row[c] > row[best] ? c : best;
+      right += best == source.labels[sample(i)];
+    }
+  }
+  return right;
+}
+
 // The target's path as one matrix, and how many held-out samples it gets right.
 void look(const HeadGrid& grid, HeadCell& cell) {
   const Layout layout(cell, grid.classes);
   const int64_t classes = layout.classes, width = grid.validation.width;
-  const float scale = cell.weights[0];
   const float* head = cell.weights + layout.head;
   if (cell.branches[0].is_projected) {
     product({cell.weights + layout.end, layout.width, 1}, head, classes, cell.folded, classes,
@@ -146,27 +172,10 @@ void look(const HeadGrid& grid, HeadCell& cell) {
     std::memcpy(cell.folded, head, static_cast<size_t>(width * classes) * sizeof(float));
   }
   for (int64_t i = 0; i < width * classes; i += kWidth) {
-    store(cell.folded + i, load(cell.folded + i) * scale);
+    store(cell.folded + i, load(cell.folded + i) * cell.weights[0]);
   }
-  constexpr int64_t kRows = 32;
-  Scratch scratch(kRows * (width + classes) + 64);
-  float* rows = scratch.take_zeros(kRows * width);
-  float* logits = scratch.take(kRows * classes);
-  cell.right = 0;
-  for (int64_t begin = 0; begin < cell.held_out_count; begin += kRows) {
-    const int64_t count = smaller(kRows, cell.held_out_count - begin);
-    for (int64_t i = 0; i < count; ++i) {
-      std::memcpy(rows + i * width, grid.validation.rows + cell.held_out[begin + i] * width,
-                  static_cast<size_t>(width) * sizeof(float));
-    }
-    product({rows, width, 1}, cell.folded, classes, logits, classes, kRows, classes, width);
-    for (int64_t i = 0; i < count; ++i) {
-      const float* row = logits + i * classes;
-      int64_t best = 0;
-      for (int64_t c = 1; c < grid.classes; ++c) best = row[c] > row[best] ? c : best;
-      cell.right += best == grid.validation.labels[cell.held_out[begin + i]];
-    }
-  }
+  cell.right =
+      count_right(grid.validation, cell.held_out, cell.held_out_count, cell.folded, grid.classes);
 }
 
 }  // namespace
@@ -177,6 +186,15 @@ void train_heads(int threads, const HeadGrid& grid, HeadCell* cells, int64_t cou
     for (int64_t i = from; i < to; ++i) {
       if (cells[i].steps > 0) train_steps(grid, cells[i]);
       if (cells[i].folded) look(grid, cells[i]);
+    }
+  });
+}
+
+void test_heads(int threads, const HeadSource& source, int64_t samples, int64_t classes,
+                const float* const* folded, int64_t count, int64_t* right) {
+  parallel_for(threads, count, 1, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      right[i] = count_right(source, nullptr, samples, folded[i], classes);
     }
   });
 }

@@ -62,6 +62,7 @@ struct Lane {
 void multiply_transposed(const HalvesMatrix& head, const Samples& gradients, float* out,
                          int64_t stride) {
   alignas(64) float left[4 * kTileFloats];  // [16 rows of the head][half]
+  alignas(64) float sums[4 * kTileFloats];
   const bool is_few = gradients.is_few();
   const auto add = [&]<int kSum>(const float* right) {
     load_tile<6>(right);
@@ -101,21 +102,21 @@ void multiply_transposed(const HalvesMatrix& head, const Samples& gradients, flo
         is_few ? add.template operator()<2>(right) : add_halves.template operator()<2>(right);
         if (has_second) add_halves.template operator()<3>(right + 2 * kTileFloats);
       }
-      const auto put = [&]<int kSum>(int64_t half, int64_t first) {
-        const int64_t at = block * kBlock + half * kSide;
-        if (at >= head.rows || first >= gradients.count) return;
-        store_tile<kSum>(left, kSide);
+      store_tile<0>(sums, kSide);
+      store_tile<1>(sums + kTileFloats, kSide);
+      store_tile<2>(sums + 2 * kTileFloats, kSide);
+      store_tile<3>(sums + 3 * kTileFloats, kSide);
+      for (int64_t sum = 0; sum < 4; ++sum) {
+        const int64_t at = block * kBlock + sum / 2 * kSide, first = (tile + sum % 2) * kSide;
+        const int64_t lines = smaller(kSide, gradients.count - first);
+        if (at >= head.rows || lines <= 0) continue;
         Vec made[kSide];
-        for (int64_t i = 0; i < kSide; ++i) made[i] = load(left + i * kSide);
+        for (int64_t i = 0; i < kSide; ++i) made[i] = load(sums + sum * kTileFloats + i * kSide);
         transpose(made);
-        for (int64_t i = 0; i < smaller(kSide, gradients.count - first); ++i) {
+        for (int64_t i = 0; i < lines; ++i) {
           store(out + (first + i) * stride + at, is_few ? made[i] + made[i + kFew] : made[i]);
         }
-      };
-      put.template operator()<0>(0, tile * kSide);
-      put.template operator()<1>(0, (tile + 1) * kSide);
-      put.template operator()<2>(1, tile * kSide);
-      put.template operator()<3>(1, (tile + 1) * kSide);
+      }
     }
   }
 }

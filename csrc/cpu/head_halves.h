@@ -116,27 +116,21 @@ struct Samples {
   }
 
   void pack_columns() const {
-    for (int64_t block = 0; block < blocks_of(width); ++block) {
+    for (int64_t tile = 0; tile < 2 * blocks_of(width); ++tile) {
       for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
-        const float* first = row_tile(block, 2 * chunk);
-        const bool has_second = 2 * chunk + 1 < tiles();
-        for (int64_t half = 0; half < halves(); ++half, first += kTileFloats) {
-          Vec even[kSide], odd[kSide];
+        const float* from = row_tile(tile / 2, 2 * chunk);
+        float* to = column_tile(tile) + chunk * halves() * kTileFloats;
+        const bool has_second = is_few() || 2 * chunk + 1 < tiles();
+        for (int64_t half = 0; half < halves(); ++half, from += kTileFloats, to += kTileFloats) {
+          Vec lines[kSide];
           for (int64_t j = 0; j < kSide; ++j) {
-            const float* at = first + (is_few() ? j % 4 + j / 4 % 2 * kFew : j) * kSide;
+            const float* at = from + (is_few() ? j % 4 + j / 4 % 2 * kFew : j) * kSide;
             const float* other = at + (is_few() ? 4 * kSide : 2 * kTileFloats);
-            const Vec second = is_few() || has_second ? load(other) : Vec{};
-            even[j] = low_words(load(at), second);
-            odd[j] = high_words(load(at), second);
+            const Vec second = has_second ? load(other) : Vec{};
+            lines[j] = tile % 2 ? high_words(load(at), second) : low_words(load(at), second);
           }
-          transpose(even);
-          transpose(odd);
-          float* to = column_tile(2 * block) + (chunk * halves() + half) * kTileFloats;
-          float* next = column_tile(2 * block + 1) + (chunk * halves() + half) * kTileFloats;
-          for (int64_t i = 0; i < kSide; ++i) {
-            store(to + i * kSide, even[i]);
-            store(next + i * kSide, odd[i]);
-          }
+          transpose(lines);
+          for (int64_t i = 0; i < kSide; ++i) store(to + i * kSide, lines[i]);
         }
       }
     }

@@ -51,6 +51,8 @@ void text_stem_fwd(int threads, TextShape shape, const int32_t* ids, const void*
 void log_mel(int threads, const MelPlan& plan, const void* samples, const bool* continues,
              int64_t rows, void* out);
 void train_heads(int threads, const HeadGrid& grid, HeadCell* cells, int64_t count);
+void test_heads(int threads, const HeadSource& source, int64_t samples, int64_t classes,
+                const float* const* folded, int64_t count, int64_t* right);
 // The steps of one cell with products of bf16 halves; where the instruction set has matrix tiles.
 void train_cell_in_halves(const HeadGrid& grid, const HeadCell& cell);
 int64_t read_jpegs(const JpegBatch& batch, PatchShape shape, uint8_t* out, bool* is_read);

@@ -253,6 +253,9 @@ struct Kernels {
 
   // The next steps of each cell.
   void (*train_heads)(int threads, const HeadGrid&, HeadCell* cells, int64_t count);
+  // How many of the first samples of a source each of `count` folded matrices gets right.
+  void (*test_heads)(int threads, const HeadSource&, int64_t samples, int64_t classes,
+                     const float* const* folded, int64_t count, int64_t* right);
 
   // Plain JPEG files of the given size to patches; out: images in turn, each patch after patch of
   // (patch_height, patch_width, channels). Files that are anything else are left out, and is_read

@@ -32,6 +32,7 @@ const Kernels kernel_table = {
     .text_stem_fwd = text_stem_fwd,
     .log_mel = log_mel,
     .train_heads = train_heads,
+    .test_heads = test_heads,
     .read_jpegs = read_jpegs,
 };
 

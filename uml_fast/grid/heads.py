@@ -11,7 +11,7 @@ the projection (D, E) of each modality that has one, in the cell's order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +52,10 @@ class Bank:
     def width(self) -> int:
         """Padded features."""
         return self.rows.shape[1]
+
+    def source(self) -> tuple[int, int, int]:
+        """Addresses of rows and labels, and the width, as the kernels take them."""
+        return self.rows.data_ptr(), self.labels.data_ptr(), self.width
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,9 +121,9 @@ class Heads:
         self._test = Bank.of(data.test, device)
         size = max(self.floats(c) for c in cells)
         self._state = torch.zeros(slots, 3, size, device=device)
-        self._folded = torch.zeros(
-            slots, self.validation.width, padded(self.classes), device=device
-        )
+        shape = slots, self.validation.width, padded(self.classes)
+        self._folded = torch.zeros(shape, device=device)
+        self._kept = torch.zeros(shape, device=device)
 
     def floats(self, cell: Cell) -> int:
         """Length of a cell's row of parameters."""
@@ -172,11 +176,27 @@ class Heads:
         its last lesson."""
         return self._folded[slot, : self.data.train[self.data.target].width, : self.classes]
 
-    def test_accuracy(self, weight: Tensor) -> float:
-        """Of the (D, C) matrix of a cell, on the test samples."""
-        width = weight.shape[0]
-        right = (self._test.rows[:, :width] @ weight).argmax(1) == self._test.labels
-        return float(right.float().mean())
+    def keep(self, slot: int) -> None:
+        """Keep the folded matrix of a slot as it is now."""
+        self._kept[slot] = self._folded[slot]
+
+    def kept(self, slot: int) -> Tensor:
+        """View of (D, C) the folded matrix that was kept of a slot."""
+        return self._kept[slot, : self.data.train[self.data.target].width, : self.classes]
+
+    def test_accuracies(self, slots: Sequence[int]) -> list[float]:
+        """Accuracy of what was kept of some slots on the test samples, 0..1."""
+        native = library()
+        rows, labels = self._test.rows, self._test.labels
+        if native is not None and rows.device.type == "cpu":
+            right = native.test_heads(
+                torch.get_num_threads(), self._test.source(), len(rows), self.classes,
+                [self._kept[slot].data_ptr() for slot in slots],
+            )  # fmt: skip
+        else:
+            guesses = [(rows[:, : len(w)] @ w).argmax(1) for w in map(self.kept, slots)]
+            right = [int((guess == labels).sum()) for guess in guesses]
+        return [r / len(rows) for r in right]
 
     def train(self, lessons: Mapping[int, Lesson]) -> dict[int, int]:
         """The next steps of the cells in some slots; how many held-out samples each gets right."""
@@ -187,12 +207,10 @@ class Heads:
             for slot, lesson in lessons.items():
                 train_cell(self, slot, lesson)
             return {slot: look(self, slot, lesson) for slot, lesson in lessons.items()}
-        sources = {
-            name: (bank.rows.data_ptr(), bank.labels.data_ptr(), bank.width)
-            for name, bank in {**self.banks, "": self.validation}.items()
-        }
+        sources = {name: bank.source() for name, bank in self.banks.items()}
         right = native.train_heads(
-            torch.get_num_threads(), sources[""], self.classes, self._precision == "high",
+            torch.get_num_threads(), self.validation.source(), self.classes,
+            self._precision == "high",
             [
                 (
                     (

@@ -9,10 +9,9 @@ in the cache of a core; a cell that stops makes room for the next.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from uml_fast.config import require
@@ -59,7 +58,6 @@ class _Progress:
     best: float = -1.0
     best_step: int = 0
     failures: int = 0
-    weight: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 def train_grid(
@@ -111,15 +109,22 @@ def train_grid(
             heads.start(slot, cell)
             held[slot] = _begin(data, number, cell)
         lessons = {slot: _lesson(progress, schedule) for slot, progress in held.items()}
-        for slot, right in heads.train(lessons).items():
-            progress = held[slot]
-            if _ends(progress, right, heads.folded(slot), schedule):
-                result = _result(heads, progress, keep_weights)
-                results[progress.number] = result
-                del held[slot]
-                free.append(slot)
-                if on_result is not None:
-                    on_result(progress.number, result)
+        rights = heads.train(lessons)
+        ended = [
+            slot
+            for slot, right in rights.items()
+            if _ends(heads, slot, held[slot], right, schedule)
+        ]
+        for slot, test in zip(ended, heads.test_accuracies(ended), strict=True):
+            progress = held.pop(slot)
+            result = CellResult(
+                progress.cell, progress.best, progress.best_step, progress.done, test,
+                heads.kept(slot).cpu().clone() if keep_weights else None,
+            )  # fmt: skip
+            results[progress.number] = result
+            free.append(slot)
+            if on_result is not None:
+                on_result(progress.number, result)
     return [results[i] for i in range(len(cells))]
 
 
@@ -138,23 +143,16 @@ def _lesson(progress: _Progress, schedule: HeadSchedule) -> Lesson:
     return lesson
 
 
-def _ends(progress: _Progress, right: int, folded: Tensor, schedule: HeadSchedule) -> bool:
+def _ends(heads: Heads, slot: int, progress: _Progress, right: int, schedule: HeadSchedule) -> bool:
     """Compare a look with the best one; whether the cell ends here."""
     progress.looks += 1
     accuracy = right / len(progress.held_out)
     if accuracy > progress.best:
         progress.best, progress.best_step, progress.failures = accuracy, progress.done, 0
-        progress.weight = folded.clone()
+        heads.keep(slot)
     else:
         progress.failures += 1
     return progress.done >= schedule.steps or progress.failures >= schedule.patience
-
-
-def _result(heads: Heads, progress: _Progress, keep_weights: bool) -> CellResult:
-    return CellResult(
-        progress.cell, progress.best, progress.best_step, progress.done,
-        heads.test_accuracy(progress.weight), progress.weight.cpu() if keep_weights else None,
-    )  # fmt: skip
 
 
 def chosen_samples(data: HeadData, cell: Cell) -> tuple[np.ndarray, ...]:
