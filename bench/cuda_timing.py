@@ -25,8 +25,23 @@ ROUNDS = 40
 WARMUP_S = 0.3
 
 
+def _waits(call: Callable[[], object]) -> bool:
+    """Whether the call waits for the device, which no graph can hold.
+
+    A capture that fails may leave torch's allocator in it, and then every later one fails.
+    """
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
 def _captured(call: Callable[[], object]) -> Callable[[], object] | None:
-    """The call as a CUDA graph, or None where it cannot be captured (a host sync in it, say)."""
+    """The call as a CUDA graph, or None where it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -35,7 +50,8 @@ def _captured(call: Callable[[], object]) -> Callable[[], object] | None:
             for _ in range(3):
                 call()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
+        # the outer stream comes back also where the capture fails
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             call()
     except RuntimeError:
         torch.cuda.synchronize()
@@ -52,7 +68,7 @@ def measure_cuda(
         for _ in range(3):
             call()
         torch.cuda.synchronize()
-        graph = _captured(call)
+        graph = None if _waits(call) else _captured(call)
         steps[name], from_graph[name] = graph or call, graph is not None
     cache = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
     begun = time.perf_counter()

@@ -67,7 +67,7 @@ if [[ $part == all || $part == step ]]; then
   tests 150 "tests of the step" -m gpu tests/test_gpu.py tests/training tests/grid \
     tests/distributed/test_nccl.py
   tests 90 "step" bench/step.py
-  tests 150 "grid" bench/grid.py -k cuda
+  tests 230 "grid" bench/grid.py -k cuda
 fi
 if [[ $part == all || $part == train ]]; then
   # per size: both compile (S, B 1 to 2 minutes, L 3), then about a minute of steps
