@@ -63,10 +63,10 @@ if [[ $part == dry ]]; then
 fi
 
 if [[ $part == all || $part == step ]]; then
-  # 25 s of imports and contexts, the rest compiles about 60 kernels once; later parts reuse them
-  tests 150 "tests of the step" -m gpu tests/test_gpu.py tests/training tests/grid \
+  # most of it compiles kernels, about a second each; later parts find them on disk
+  tests 200 "tests of the step" -m gpu tests/test_gpu.py tests/training tests/grid \
     tests/distributed/test_nccl.py
-  tests 90 "step" bench/step.py
+  tests 160 "step" bench/step.py
   tests 230 "grid" bench/grid.py -k cuda
 fi
 if [[ $part == all || $part == train ]]; then
