@@ -23,6 +23,8 @@ from uml_fast.data.prepare.pool import usable_cores
 from uml_fast.data.prepare.tables import FileColumns, TextColumns
 from uml_fast.data.shards.lengths import UNITS
 
+_AGAIN = "take out what cannot be used and give --overwrite: splits are drawn anew of what is left"
+
 _DESCRIPTION = """Make WebDataset shards with an index and a manifest of your own files.
 
   python -m uml_fast.prepare images photos/ shards/photos       photos/CLASS/*.jpg
@@ -282,7 +284,8 @@ def parse(argv: list[str] | None) -> PrepareConfig:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``python -m uml_fast.prepare``; returns the exit status."""
     config = parse(argv)
-    made = build(config.job())
+    job = config.job()
+    made = build(job)
     splits = ", ".join(f"{name} {s['samples']:,}" for name, s in made["splits"].items())
     classes = len(made["class_names"])
     print(f"{config.out}: {splits}; {classes} class{'' if classes == 1 else 'es'}")
@@ -290,15 +293,20 @@ def main(argv: list[str] | None = None) -> int:
         print("training to tell classes apart takes two or more: a folder each, or a column label")
     for name in made["empty_classes"]:
         print(f"class {name!r} has no sample")
-    for name, split in made["splits"].items():
+    skipped = sum(made["problems"].values())
+    for name in job.listing.splits:
+        split = made["splits"].get(name)
+        if split is None:
+            print(f"split {name} has no sample: none of its inputs can be used; {_AGAIN}")
+            continue
         lacking = [c for c, n in split["classes"].items() if n == 0]
         lacking = [c for c in lacking if c not in made["empty_classes"]]
         if lacking:
             print(
                 f"split {name} has no sample of {', '.join(lacking)}; add samples, or put some "
                 "there: folders train, val and test around the classes, or a column split"
+                + (f". {_AGAIN}" if skipped else "")
             )
-    skipped = sum(made["problems"].values())
     if skipped:
         kinds = ", ".join(f"{n} x {kind}" for kind, n in made["problems"].items())
         print(f"{skipped} inputs were skipped ({kinds}); see {config.out / PROBLEMS}")

@@ -187,3 +187,30 @@ def test_a_large_source_is_evaluated_on_evenly_spread_samples_and_says_so(
     row_bytes = IMAGE.patches * task.train[0].row_elems
     monkeypatch.setattr(in_memory, "EVALUATED_BYTES", 3 * row_bytes)
     assert len(in_memory.for_evaluation(task.train[0], "probe")) == 3
+
+
+def test_broken_files_that_empty_a_split_are_said_and_taken_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Splits depend on names alone, so that a killed run goes on: a broken file keeps its place."""
+    root = folder(tmp_path / "in", cat=3, dog=3)
+    splits = order(
+        prepare.Images(source=root, out=tmp_path / "out").find(), "train=0.8,val=0.1,test=0.1", 0
+    ).splits
+    cat = 0
+    for split, rows in splits.items():
+        for _, label, item in rows:
+            if split == "val" or (split == "test" and label == cat):
+                (root / item.name).write_bytes(b"no picture")
+    assert prepare.main(["images", str(root), str(tmp_path / "out"), "--max-errors", "9"]) == 0
+    said = capsys.readouterr().out
+    assert "split val has no sample: none of its inputs can be used" in said
+    assert "split test has no sample of cat" in said and said.count("splits are drawn anew") == 2
+    for path in root.rglob("*.jpg"):
+        if path.read_bytes() == b"no picture":
+            path.unlink()
+    for i, name in enumerate(("cat", "cat", "dog")):
+        write(root / name / f"again-{i}.jpg", image(900 + i))
+    again = ["images", str(root), str(tmp_path / "out"), "--overwrite"]
+    assert prepare.main(again) == 0 and "no sample" not in capsys.readouterr().out
+    assert all(set(counts(tmp_path / "out", s)) == {"cat", "dog"} for s in ("train", "val", "test"))
