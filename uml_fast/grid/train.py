@@ -3,13 +3,17 @@
 A cell's result depends on that cell alone: its samples, their order and its first weights are drawn
 from its own seed, and cells share nothing but the memory of the features. On a CPU a few cells are
 in training at a time, each for ``eval_every`` steps in one native call, so that its weights stay
-in the cache of a core; a cell that stops makes room for the next.
+in the cache of a core; a cell that stops makes room for the next. There are two crews of such
+cells: while one is in the native call, results of the other are read and its next steps drawn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import functools
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -21,8 +25,8 @@ from uml_fast.grid.heads import Heads, Lesson
 from uml_fast.grid.stacked import StackedHeads
 from uml_fast.runtime.device import resolve_device
 
-_SLOTS = 32
-"""Cells in training at a time: enough to keep the threads busy while single ones stop."""
+_CREW = 32
+"""Cells of a crew: enough to keep the threads busy while single ones stop."""
 _MOST_SHOTS = 4
 """Validation samples of each class that a cell with shots sees, if it has as many shots."""
 
@@ -58,6 +62,14 @@ class _Progress:
     best: float = -1.0
     best_step: int = 0
     failures: int = 0
+
+
+@dataclass(slots=True)
+class _Crew:
+    """Slots whose cells are trained in one call."""
+
+    free: list[int]
+    held: dict[int, _Progress] = field(default_factory=dict)
 
 
 def train_grid(
@@ -97,35 +109,57 @@ def train_grid(
     waiting = list(enumerate(cells))[::-1]
     if stacked:
         heads: Heads = StackedHeads(data, cells, place)
+        crews = [_Crew(list(range(heads.slots)))]
     else:
-        heads = Heads(data, cells, min(_SLOTS, len(cells)), precision=schedule.precision)
-    held: dict[int, _Progress] = {}
-    free = list(range(heads.slots))
+        heads = Heads(data, cells, min(2 * _CREW, len(cells)), precision=schedule.precision)
+        crews = [_Crew(list(range(first, heads.slots, 2))) for first in range(2)]
     results: dict[int, CellResult] = {}
-    while waiting or held:
-        while waiting and free:
-            slot = free.pop()
-            number, cell = waiting.pop()
-            heads.start(slot, cell)
-            held[slot] = _begin(data, number, cell)
-        lessons = {slot: _lesson(progress, schedule) for slot, progress in held.items()}
-        rights = heads.train(lessons)
-        ended = [
-            slot
-            for slot, right in rights.items()
-            if _ends(heads, slot, held[slot], right, schedule)
-        ]
-        for slot, test in zip(ended, heads.test_accuracies(ended), strict=True):
-            progress = held.pop(slot)
-            result = CellResult(
-                progress.cell, progress.best, progress.best_step, progress.done, test,
-                heads.kept(slot).cpu().clone() if keep_weights else None,
-            )  # fmt: skip
-            results[progress.number] = result
-            free.append(slot)
-            if on_result is not None:
-                on_result(progress.number, result)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="uml-grid") as thread:
+
+        def train(crew: _Crew) -> Callable[[], dict[int, int]]:
+            """The next steps of a crew; they begin now, or when what is returned is called."""
+            lessons = _next_lessons(heads, crew, waiting, schedule)
+            if stacked or not lessons:
+                return functools.partial(heads.train, lessons)
+            return thread.submit(heads.train, lessons).result
+
+        under_way = deque((crew, train(crew)) for crew in crews)
+        while under_way:
+            crew, rights = under_way.popleft()
+            for number, result in _results(heads, crew, rights(), schedule, keep_weights):
+                results[number] = result
+                if on_result is not None:
+                    on_result(number, result)
+            if crew.held or waiting:
+                under_way.append((crew, train(crew)))
     return [results[i] for i in range(len(cells))]
+
+
+def _next_lessons(
+    heads: Heads, crew: _Crew, waiting: list[tuple[int, Cell]], schedule: HeadSchedule
+) -> dict[int, Lesson]:
+    """Fill the free slots of a crew; the next steps of each, the longest first."""
+    while waiting and crew.free:
+        slot = crew.free.pop()
+        number, cell = waiting.pop()
+        heads.start(slot, cell)
+        crew.held[slot] = _begin(heads.data, number, cell)
+    by_length = sorted(crew.held.items(), key=lambda item: -item[1].cell.batch)
+    return {slot: _lesson(progress, schedule) for slot, progress in by_length}
+
+
+def _results(
+    heads: Heads, crew: _Crew, rights: dict[int, int], schedule: HeadSchedule, keep_weights: bool
+) -> Iterable[tuple[int, CellResult]]:
+    """Places and results of a crew's cells that have ended; their slots are free."""
+    ended = [s for s, right in rights.items() if _ends(heads, s, crew.held[s], right, schedule)]
+    for slot, test in zip(ended, heads.test_accuracies(ended), strict=True):
+        progress = crew.held.pop(slot)
+        crew.free.append(slot)
+        yield progress.number, CellResult(
+            progress.cell, progress.best, progress.best_step, progress.done, test,
+            heads.kept(slot).cpu().clone() if keep_weights else None,
+        )  # fmt: skip
 
 
 def _begin(data: HeadData, number: int, cell: Cell) -> _Progress:
