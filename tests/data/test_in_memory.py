@@ -13,9 +13,9 @@ import pytest
 
 from tests.data.made_files import run
 from tests.data.test_small_folders import config, folder
-from uml_fast.data.in_memory import in_memory
+from uml_fast.data.in_memory import for_evaluation, in_memory
 from uml_fast.data.shards.source import ShardSource
-from uml_fast.data.source import Lengths
+from uml_fast.data.source import DataError, Lengths
 from uml_fast.runtime import progress
 from uml_fast.runtime.progress import LongWork
 from uml_fast.train import train
@@ -94,6 +94,55 @@ def test_parts_that_threads_read_come_together_in_order() -> None:
     assert found.labels.tolist() == kept and found.keys[59] == "sample 60"
     for i, label in enumerate(kept):
         np.testing.assert_array_equal(found.sample(i), np.full((1 + label % 3, 2), label))
+
+
+class Whole(Slow):
+    """All can be read."""
+
+    def __init__(self) -> None:
+        self.read_into: list[np.ndarray] = []
+
+    def read(
+        self, samples: Sequence[int] | np.ndarray, out: np.ndarray, epochs: object = None
+    ) -> list[int]:
+        super().read(samples, out, epochs)
+        self.read_into.append(out)
+        return []
+
+
+class Empty(Slow):
+    """No samples."""
+
+    labels, offsets = np.zeros(0, np.int32), np.zeros(1, np.int64)
+
+    def __len__(self) -> int:
+        return 0
+
+
+class Broken(Slow):
+    """None can be read."""
+
+    def read(
+        self, samples: Sequence[int] | np.ndarray, out: np.ndarray, epochs: object = None
+    ) -> list[int]:
+        return list(range(len(samples)))
+
+
+def test_rows_are_in_memory_once_where_all_samples_can_be_read() -> None:
+    source = Whole()
+    found = in_memory(source)
+    assert len(found) == 300 and found.labels.dtype == np.int32
+    assert source.read_into and all(np.shares_memory(found.rows, x) for x in source.read_into)
+    np.testing.assert_array_equal(found.sample(5), np.full((3, 2), 5))
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [(Empty(), "image: no samples; give"), (Broken(), "image: none of 300 samples can be read")],
+)
+def test_a_source_without_samples_is_a_data_error(source: Slow, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        for_evaluation(source, "a test")
 
 
 class Clock:

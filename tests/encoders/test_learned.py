@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from uml_fast.data.decoding.decode import DecodeError
-from uml_fast.data.source import DataError
+from uml_fast.data.source import DataError, say_once
 from uml_fast.encoders.cache import load_features
 from uml_fast.encoders.extraction import Sentences
 from uml_fast.encoders.patches import PatchEncoder
@@ -91,9 +92,29 @@ def test_a_patch_dictionary_reads_no_label_and_is_the_same_again() -> None:
     assert torch.equal(rows[0], rows[2])
 
 
+def test_ten_images_get_a_smaller_dictionary_which_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    say_once.cache_clear()
+    ten = Pictures(10)
+    with caplog.at_level(logging.WARNING):
+        encoder = PatchEncoder(ten, patch=4)
+    assert "100 words and 5 components (512 and 256 take 512 images; there are 10)" in caplog.text
+    rows = encoder.encode(encoder.prepare(payloads(ten)))
+    assert rows.shape == (10, 5) and rows.isfinite().all()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert PatchEncoder(Pictures(40), patch=4, words=8, width=4).width == 4
+    assert not caplog.text
+
+
 def test_images_that_a_dictionary_cannot_use_are_named() -> None:
-    with pytest.raises(DataError, match="6 images are too few for 8 words"):
-        PatchEncoder(Pictures(6), patch=4, words=8, width=4).prepare([])
+    with pytest.raises(DataError, match="3 images are too few to learn from; patches needs 4"):
+        PatchEncoder(Pictures(3))
+    lost = Pictures(10)
+    lost._payloads[2:] = [b"\xff\xd8"] * 8
+    with pytest.raises(DataError, match="2 of 10 images can be decoded; 5 components need 5"):
+        PatchEncoder(lost).prepare([])
     mixed = Pictures(40)
     mixed._payloads[3] = Pictures(1, side=8).payload(0)
     with pytest.raises(DataError, match=r"2 sizes \(8 x 8, 12 x 12\)"):
@@ -147,8 +168,8 @@ def test_the_command_learns_an_encoder_from_the_training_split(tmp_path: Path) -
     table.write_text('{"lying": ["a line lies flat", "it lies"], "standing": ["it stands up"]}')
     shards, out = tmp_path / "shards", tmp_path / "features"
     assert prepare(["images", str(tmp_path / "files"), str(shards), "--workers", "1"]) == 0
-    with pytest.raises(DataError, match="30 images are too few for 512 words"):
-        extract(["image", str(shards), "--encoder", "patches", "--out", str(out)])
+    assert extract(["image", str(shards), "--encoder", "patches", "--out", str(out)]) == 0
+    assert load_features(out / "image-train.safetensors").rows.shape == (30, 15)
     assert extract(["text", str(table), "--encoder", "sentences", "--out", str(out)]) == 0
     found = load_features(out / "text-train.safetensors")
     assert found.class_names == ("lying", "standing")

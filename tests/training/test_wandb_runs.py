@@ -87,7 +87,7 @@ def test_each_trial_is_a_run_of_its_own_that_a_restart_goes_on_with(
     folder = tmp_path / "mine"
 
     def opened() -> RunLog:
-        runs = WandbRuns("demo", folder, {"steps": 40})
+        runs = WandbRuns("demo", folder, {"steps": 40, "seed": 7})
         return RunLog(folder, stream=io.StringIO(), wandb=runs)
 
     with opened() as log:
@@ -107,6 +107,7 @@ def test_each_trial_is_a_run_of_its_own_that_a_restart_goes_on_with(
     assert alone["history"] == [{"loss": 0.5, "losses/image": 0.25, "step": 20}]
     assert alone["summary"]["head"] == 0.5 and alone["exit"] == 0
     stopped, resumed = second
+    assert stopped["config"]["mode"] == "uml" and stopped["config"]["seed"] == 0
     assert stopped["history"] == [{"loss": 0.75, "step": 20}] and stopped["exit"] == 1
     assert resumed["history"] == [{"loss": 0.125, "step": 40}] and resumed["exit"] == 0
     assert json.loads((folder / "wandb.json").read_text()) == {
@@ -152,6 +153,15 @@ def test_what_wandb_raises_does_not_end_the_trial(
             runs.write(step, {"loss": 1.0})
         runs.end({})
     assert caplog.text.count("wandb does not log this trial on") == 1
+
+
+def test_a_time_that_is_no_number_does_not_end_the_trial(
+    tmp_path: Path, wandb: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1m")
+    with caplog.at_level(logging.WARNING):
+        WandbRuns("demo", tmp_path, {}).begin("uml", 0)
+    assert "wandb does not log this trial on" in caplog.text and "1m" in caplog.text
 
 
 def test_asked_for_and_not_installed_is_said_before_anything_is_written(

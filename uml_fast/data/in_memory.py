@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from uml_fast.data.shards.kept import Room
-from uml_fast.data.source import Samples, Source, say_once
+from uml_fast.data.source import DataError, Samples, Source, say_once
 from uml_fast.runtime.device import reader_count
 from uml_fast.runtime.progress import LongWork
 
@@ -32,6 +32,9 @@ def in_memory(source: Samples, most: int | None = None) -> Source:
 
     Of a source with more than ``most`` samples, evenly spread ones. Those that cannot be read are
     left out.
+
+    Raises:
+        DataError: there are no samples, or none can be read.
     """
     if isinstance(source, Source):
         return source
@@ -45,15 +48,21 @@ def in_memory(source: Samples, most: int | None = None) -> Source:
         chosen = np.linspace(0, n - 1, key[1]).astype(np.int64)
     lengths = source.lengths_of(chosen)
     ends = np.cumsum(lengths)
-    rows = np.empty((int(ends[-1]), source.row_elems), source.row_dtype)
-    rejected = list(_read(source, chosen, rows, ends))
-    parts = np.split(rows, ends[:-1])
-    kept = np.setdiff1d(np.arange(len(chosen)), rejected)
-    found = Source.from_samples(
+    rows = np.empty((int(lengths.sum()), source.row_elems), source.row_dtype)
+    rejected = list(_read(source, chosen, rows, ends)) if n else []
+    if n and len(rejected) == len(chosen):
+        raise DataError(f"{source.name}: none of {n:,} samples can be read")
+    if rejected:
+        kept = np.ones(len(chosen), bool)
+        kept[rejected] = False
+        rows = rows[np.repeat(kept, lengths)]
+        chosen, ends = chosen[kept], np.cumsum(lengths[kept])
+    found = Source(
         source.name,
-        [parts[k] for k in kept],
-        source.labels[chosen[kept]].tolist(),
-        tuple(source.key(int(i)) for i in chosen[kept]),
+        rows,
+        np.concatenate([[0], ends]).astype(np.int64),
+        source.labels[chosen].astype(np.int32),
+        tuple(source.key(int(i)) for i in chosen),
     )
     if identity and _ROOM.take(found.rows.nbytes):
         _kept[key] = found

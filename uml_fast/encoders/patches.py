@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from uml_fast.data.decoding.decode import DecodeError, decode_of
-from uml_fast.data.source import DataError
+from uml_fast.data.source import DataError, say_once
 from uml_fast.encoders.extraction import Encoder, Stored, data_facts
 from uml_fast.modalities.image import ImageConfig
 
@@ -32,6 +32,10 @@ _PATCHES = 100_000
 """Patches that the words are fitted to; 200,000 give the same accuracy on CIFAR-10."""
 _POOLED = 5_000
 """Images, at most, that statistics and components are fitted to."""
+_FEWEST = 4
+"""Images that statistics can be taken of."""
+_WORDS_PER_IMAGE = 10
+"""Words that an image's patches can be told apart by; fewer images get a smaller dictionary."""
 _AT_ONCE = 8
 """Images whose codes are in memory together: 12 MB, which stay in the cache of a core."""
 _CONTRAST_FLOOR = 10.0
@@ -102,9 +106,12 @@ class PatchEncoder(Encoder):
         samples: images that words and components are learned from; those that cannot be decoded are
             left out.
         patch: height and width of a patch in pixels.
-        words: K.
-        width: D.
+        words: K, at most ``_WORDS_PER_IMAGE`` for each image.
+        width: D, at most half as many as there are images.
         seed: of the patches that are looked at, and of k-means.
+
+    Raises:
+        DataError: there are fewer than ``_FEWEST`` images.
     """
 
     kind = "images"
@@ -113,6 +120,19 @@ class PatchEncoder(Encoder):
     def __init__(
         self, samples: Stored, *, patch: int = 6, words: int = 512, width: int = 256, seed: int = 0
     ) -> None:
+        if len(samples) < _FEWEST:
+            raise DataError(
+                f"{len(samples)} images are too few to learn from; patches needs {_FEWEST} at least"
+            )
+        asked = words, width
+        words = min(words, _WORDS_PER_IMAGE * len(samples))
+        width = min(width, len(samples) // 2)
+        if (words, width) != asked:
+            say_once(
+                f"patches: {words} words and {width} components ({asked[0]} and {asked[1]} take "
+                f"{max(-(-asked[0] // _WORDS_PER_IMAGE), 2 * asked[1])} images; there are "
+                f"{len(samples)})"
+            )
         self._samples, self._patch, self._count, self._seed = samples, patch, words, seed
         self.width = width
         self.facts = {
@@ -125,10 +145,10 @@ class PatchEncoder(Encoder):
         from sklearn.decomposition import PCA
 
         images, size = _images_of(self._samples)
-        if len(images) < 2 * max(self.width, self._count):
+        if len(images) < max(self.width, _FEWEST):
             raise DataError(
-                f"{len(images)} images are too few for {self._count} words and {self.width} "
-                "components"
+                f"{len(images)} of {len(self._samples)} images can be decoded; {self.width} "
+                f"components need {max(self.width, _FEWEST)} at least"
             )
         words = _Words.learn(images, self._patch, self._count, self._seed)
         pooled = words.pooled(images[:: -(-len(images) // _POOLED)])

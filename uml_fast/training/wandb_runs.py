@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from uml_fast.config import ConfigError
 from uml_fast.doctor import pip_line
@@ -56,7 +56,7 @@ class WandbRuns:
 
     def __init__(self, project: str, folder: Path, config: Mapping[str, Any]) -> None:
         self._project, self._folder, self._config = project, folder, config
-        self._mode: str | None = None
+        self._mode: Literal["offline"] | None = None
         self._run: Any = None
 
     def begin(self, mode: str, seed: int) -> None:
@@ -69,10 +69,10 @@ class WandbRuns:
             "group": os.environ.get("WANDB_RUN_GROUP") or self._folder.name,
             "id": self._id_of(name), "resume": "allow", "reinit": "finish_previous",
             "dir": os.environ.get("WANDB_DIR") or str(self._folder),
-            "config": {"mode": mode, "seed": seed, **self._config},
+            "config": {**self._config, "mode": mode, "seed": seed},
         }  # fmt: skip
-        wait = float(os.environ.get("WANDB_FINISH_TIMEOUT") or _FINISH_S)
         try:
+            wait = float(os.environ.get("WANDB_FINISH_TIMEOUT") or _FINISH_S)
             settings = wandb.Settings(finish_timeout=wait)
             try:
                 self._run = wandb.init(**shown, mode=self._mode, settings=settings)
