@@ -9,4 +9,5 @@ PYBIND11_MODULE(_native, m) {
   bind_cpu(m);
   bind_images(m);
   bind_loader(m);
+  m.attr("sources") = UML_SOURCES;  // what this was built from: csrc/bind
 }

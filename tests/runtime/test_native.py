@@ -54,6 +54,17 @@ def test_broken_extension_is_a_reason_not_a_crash(fresh) -> None:
     assert "undefined symbol: x" in native.reason()
 
 
+@pytest.mark.native
+def test_extension_of_other_sources_is_not_used(fresh, tmp_path) -> None:
+    (tmp_path / "module.cpp").write_text("// another version")
+    fresh.setattr(native, "_BINDINGS", tmp_path)
+    assert native.module() is None
+    assert "built from other sources" in native.reason()
+    fresh.setattr(native, "_BINDINGS", tmp_path / "absent")  # as installed from a wheel
+    native._native.cache_clear()
+    assert native.module() is not None
+
+
 def test_cuda_part_imports_without_a_driver() -> None:
     cuda = native.cuda_module()
     if cuda is None:

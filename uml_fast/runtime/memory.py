@@ -8,8 +8,8 @@ import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Their numbers in malloc.h."""
-_LARGEST_KEPT = 1 << 30
-"""Bytes of the largest buffer that is kept."""
+_LARGEST_KEPT = (1 << 30, 1 << 25)
+"""Bytes of the largest buffer that is kept; older glibc refuse more than the second."""
 
 
 def keep_freed_memory() -> bool:
@@ -24,5 +24,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in asked):
         return False
     library = ctypes.CDLL(None)
-    kept = library.mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+    kept = any(library.mallopt(_MMAP_THRESHOLD, size) for size in _LARGEST_KEPT)
     return bool(kept and library.mallopt(_TRIM_THRESHOLD, 2**31 - 1))

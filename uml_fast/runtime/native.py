@@ -5,13 +5,17 @@ Without it the same code runs on the readable reference path; the log says so on
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import logging
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
 _LOG = logging.getLogger("uml_fast")
+_BINDINGS = Path(__file__).parents[2] / "csrc/bind"
+"""There where the package runs from its source folder."""
 
 
 def _load(name: str) -> tuple[ModuleType | None, str]:
@@ -27,9 +31,18 @@ def _load(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{name} does not load: {error}"
 
 
+def _is_of_these_sources(found: ModuleType) -> bool:
+    """Whether the extension has the functions that this source folder calls; True without one."""
+    hashes = [hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(_BINDINGS.glob("*.cpp"))]
+    whole = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    return not hashes or whole == getattr(found, "sources", None)
+
+
 @lru_cache(maxsize=1)
 def _native() -> tuple[ModuleType | None, str]:
     found, why = _load("uml_fast._native")
+    if found is not None and not _is_of_these_sources(found):
+        found, why = None, "uml_fast._native was built from other sources than those around it"
     if found is None:
         _LOG.warning(
             "the native core is off, the slower reference path runs: %s. "

@@ -29,9 +29,7 @@ def has_tiles(dtype: torch.dtype, N: int, K: int) -> bool:
     """Whether csrc/cpu/weight_gradient.cpp makes the gradient of an (N, K) weight here."""
     if N % WHOLE or K % WHOLE:
         return False
-    # the extension of an editable install may be older than this file
-    has = getattr(library(), "has_weight_gradient", None)
-    return dtype == torch.bfloat16 and has is not None and bool(has())
+    return dtype == torch.bfloat16 and bool(library().has_weight_gradient())
 
 
 def weight_gradient(grad_TN: Tensor, input_TK: Tensor) -> Tensor:
