@@ -125,6 +125,21 @@ def test_a_network_that_thaws_is_captured_again(
     assert found == losses(config)[0]
 
 
+def test_programs_beyond_the_most_run_uncaptured(
+    captures: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = with_all(tiny())
+    monkeypatch.setattr(graph, "MOST_PROGRAMS", 2)
+    found, ours = losses(config)
+    assert len(captures) == 2  # of three layouts
+    assert caplog.text.count("more than 2 combinations of packs") == 1
+    monkeypatch.setattr(step, "is_wanted", lambda *_: False)
+    expected, plain = losses(config)
+    assert found == expected
+    weights = zip(ours.model.parameters(), plain.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
 def test_a_step_that_cannot_be_captured_runs_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,9 @@ logger = logging.getLogger("uml_fast")
 
 WARM_STEPS = 3
 """Steps of a program before it is captured: what PyTorch advises for autograd and cuBLAS."""
+MOST_PROGRAMS = 8
+"""Programs held as graphs. Each keeps packs of its own, and K packs a step with L layouts in turn
+make up to L^K of them; steps of the others run kernel by kernel."""
 
 
 class Result(Protocol):
@@ -85,7 +88,7 @@ class Replays(Generic[R]):
         # programs replay one behind the other, and results are copied: they share memory
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._frozen = frozenset[str]()
-        self._is_off = False
+        self._is_off = self._is_full = False
 
     def __call__(self, packs: Packs, frozen: frozenset[str]) -> R:
         """One step on ``packs`` while the networks named by ``frozen`` stay as they are.
@@ -101,7 +104,7 @@ class Replays(Generic[R]):
         calls = self._calls[program] = self._calls.get(program, 0) + 1
         if self._is_off:
             return self._function(packs)
-        if calls <= WARM_STEPS:
+        if calls <= WARM_STEPS or not self._has_room(program):
             with _on(self._stream):
                 return self._function(packs)
         if program not in self._captured and not self._capture(program, packs):
@@ -110,6 +113,18 @@ class Replays(Generic[R]):
         for mine, given in zip(own, packs, strict=True):
             mine.copy_(given)
         return replay().copied()
+
+    def _has_room(self, program: Program) -> bool:
+        """Whether a program is captured, or can be; says once where it cannot."""
+        if program in self._captured or len(self._captured) < MOST_PROGRAMS:
+            return True
+        if not self._is_full:
+            logger.warning(
+                "steps have more than %d combinations of packs: those beyond run without a CUDA "
+                "graph (a lower --optim.accumulate makes fewer)", MOST_PROGRAMS,
+            )  # fmt: skip
+        self._is_full = True
+        return False
 
     def _capture(self, program: Program, packs: Packs) -> bool:
         """Capture a program; False: it failed, and nothing will be captured any more."""
