@@ -134,6 +134,38 @@ def test_a_run_goes_on_under_another_strategy_and_on_fewer_ranks(tmp_path: Path)
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def train_slowly(folder: Path, strategy: str) -> None:
+    """Train; in the first steps rank 1 is late, so rank 0 waits."""
+    call = TrainStep.__call__
+
+    def late(self: TrainStep, batch: PackedBatch, at: int, flags: Any = ()) -> Any:
+        time.sleep(0.1 * (at < 7) * self.ranks.rank)
+        return call(self, batch, at, flags)
+
+    TrainStep.__call__ = late  # type: ignore[method-assign]
+    config = run_config(folder, strategy)
+    saved = dataclasses.replace(config.checkpoint, every=7)
+    measured = dataclasses.replace(config.eval, every=7, probe=False)
+    train.train(
+        dataclasses.replace(config, checkpoint=saved, eval=measured, log_every=8, metric="head")
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_shares_of_time_are_of_the_whole_lap_around_a_checkpoint(
+    strategy: str, tmp_path: Path
+) -> None:
+    run_ranks(train_slowly, 2, tmp_path / "log", tmp_path / "run", strategy)
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    laps = [r for r in lines if "comm_pct" in r]
+    assert [r["step"] for r in laps] == [8, 16]
+    for lap in laps:
+        assert 0 < lap["comm_pct"] <= 100 and all(0 <= w <= 100 for w in lap["wait_pct"].values())
+    # seven of the eight steps are in the lap, although a checkpoint came behind them; in shards the
+    # rank that is early waits where weights are gathered
+    assert (laps[0]["comm_pct"] if strategy == "fsdp" else laps[0]["wait_pct"]["0"]) > 15
+
+
 @pytest.mark.parametrize(("fault", "rank"), [("raise", 0), ("data", 1), ("kill", 0), ("kill", 1)])
 def test_an_error_on_one_rank_ends_all_and_is_shown_once(
     fault: str, rank: int, tmp_path: Path

@@ -3,7 +3,8 @@
 FSDP2 takes its collectives from outside: these are its own with a clock around them. Over gloo they
 hold the rank up, and nothing hides them. On a GPU they run on streams of their own: two events give
 the time of each, whether computing hides it or not, and nobody waits to read them. DDP samples
-itself (its first ten steps, then every hundredth) and says what backward did not hide.
+itself (its first ten steps, then every hundredth) and says what backward did not hide, as a mean
+over its samples since it began: between two log lines there may be none.
 """
 
 from __future__ import annotations
@@ -81,10 +82,12 @@ def put_clock(module: FSDPModule, clock: Clock) -> None:
 def exchange_pct(losses: nn.Module, clock: Clock, seconds: float) -> float | None:
     """Part of a rank's time that exchanging took, in %; None where it is not known.
 
+    Under FSDP2 of ``seconds``; under DDP of forward and backward of all its samples so far.
+
     Args:
         losses: what ``distribute`` returned.
         clock: that of its FSDP units.
-        seconds: of training since the last call.
+        seconds: of training since the last call, without validations and checkpoints.
     """
     if isinstance(losses, FSDPModule):
         return 100 * clock.take() / seconds

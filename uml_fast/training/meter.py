@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +140,21 @@ class Meter:
         self.peak = measured_peak(device, dtype)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.datasheet = datasheet_peak(name, dtype)
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a lap now."""
         self.started = time.perf_counter()
-        self.before = self.loader.stats()
+        """When the lap began, later by what it was paused."""
+        self.before = loader.stats()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of what is no training out of the lap: validations and checkpoints.
+
+        The lap goes on with what was counted before, so its shares stay shares of its own time.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps that still run belong to the lap
+        begin = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - begin
 
     def lap(self) -> Lap:
         """Rates since the last lap; begins the next one.

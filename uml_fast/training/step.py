@@ -105,7 +105,7 @@ class TrainStep:
         return {} if self.average is None else self.average.tensors
 
     def exchange_pct(self, seconds: float) -> float | None:
-        """Part of the ``seconds`` since the last call that exchanging with other ranks took."""
+        """Part in % of a rank's time that exchanging with others took (``exchange.py``)."""
         return exchange_pct(self._losses, self._own.clock, seconds)
 
     def __call__(

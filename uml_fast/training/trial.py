@@ -157,18 +157,16 @@ class Trial:
                     self._check_finite()
                 record = self._record(result, meter) if is_logged else {}
                 if config.eval.every and (is_last or self._is_due(config.eval.every)):
-                    with span(trace, "validation"), watch.paused():
+                    with span(trace, "validation"), watch.paused(), meter.paused():
                         record["val"] = self._validate()
-                    meter.restart()
                 if record:
                     log.write(self.step, **record)
                 is_last = is_last or self._is_patience_over()
                 is_stopping = self._is_stopping(result, stop) and not is_last
                 self.saver.check()
                 if is_last or is_stopping or self._is_due(config.checkpoint.every):
-                    with span(trace, "checkpoint"):
+                    with span(trace, "checkpoint"), meter.paused():
                         self._save(loader)
-                    meter.restart()
                 if is_stopping:
                     self.saver.wait()
                     raise Stopped
