@@ -50,6 +50,24 @@ def test_an_unfinished_run_is_measured_as_far_as_it_is_and_says_so(
     assert "has no finished trial; train it to the end first" in capsys.readouterr().err
 
 
+def test_baselines_of_the_run_and_those_that_beat_it_are_said_again(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for seed in (0, 1):
+        path = run / "trials" / f"unimodal-{seed}" / "result.json"
+        result = json.loads(path.read_text()) | {"baselines": {"pixels": 0.99 + 0.01 * seed}}
+        path.write_text(json.dumps(result))
+    assert cli.main(["evaluate", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "pixels (baseline)" in out and "99.5" in out
+    assert "the baseline pixels has a better mean (99.5) than UML" in out
+    assert cli.main(["evaluate", str(run), "--json"]) == 0
+    (said,) = json.loads(capsys.readouterr().out)["baselines"]
+    assert (said["name"], said["n"]) == ("pixels", 2)
+
+
 def test_a_run_folder_without_runs_in_front_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

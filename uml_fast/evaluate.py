@@ -13,9 +13,10 @@ import tyro
 
 from uml_fast.analysis.probe import knn
 from uml_fast.cli import options, run_main
+from uml_fast.config import RunConfig
 from uml_fast.experiment.heads import compare_heads, evaluate_heads
 from uml_fast.experiment.run import read_any_config
-from uml_fast.experiment.summary import compare
+from uml_fast.experiment.summary import baselines, compare
 from uml_fast.experiment.trained import finished_trials, load_model, unfinished_trials
 from uml_fast.grid.run import GridConfig
 from uml_fast.report import print_table
@@ -41,6 +42,15 @@ def evaluate(folder: Path) -> Iterator[dict[str, Any]]:
             k = min(5, len(known[1]))
             numbers["knn"] = knn(*known, *embeddings_and_labels(model, test), k=k)
         yield {"mode": mode, "seed": seed} | {k: v for k, v in numbers.items() if v is not None}
+
+
+def stored_baselines(folder: Path, config: RunConfig | GridConfig) -> list[dict[str, Any]]:
+    """The simple methods as the run measured them: a grid's when it ends, others' with a trial."""
+    if isinstance(config, GridConfig):
+        summary = folder / "summary.json"
+        return json.loads(summary.read_text())["baselines"] if summary.exists() else []
+    places = [folder / "trials" / f"{m}-{s}" / "result.json" for m, s in finished_trials(folder)]
+    return baselines(config, [json.loads(p.read_text()) for p in places])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,12 +93,16 @@ def main(argv: list[str] | None = None) -> int:
             "command that began the run goes on with it",
             file=sys.stderr,
         )
+    measured = {
+        "results": results, "comparison": comparison,
+        "baselines": stored_baselines(given.run, config),
+    }  # fmt: skip
     if given.json:
-        print(json.dumps({"results": results, "comparison": comparison}, indent=1))
+        print(json.dumps(measured, indent=1))
         return 0
     print(_table(results))
-    print(print_table({"recipe": config.recipe, "target": config.target, "metric": config.metric,
-                       "results": results, "comparison": comparison, "baselines": []}))  # fmt: skip
+    of = {"recipe": config.recipe, "target": config.target, "metric": config.metric}
+    print(print_table(of | measured))
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from uml_fast.cli import parse, run_main
 from uml_fast.config import RunConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
+from uml_fast.data.folders import FoldersConfig
 from uml_fast.distributed.parallel import check_groups
 from uml_fast.distributed.ranks import Ranks, join_ranks, one_voice
 from uml_fast.experiment.dry_run import dry_run
@@ -113,11 +114,21 @@ def _finish(config: RunConfig, results: list[dict[str, Any]], folder: Path) -> N
     write_json(folder / "summary.json", summary)
     report = write_report(folder)
     print("\n".join([print_table(summary), *probe_lines(summary)]))
-    named = folder / DATA_ERRORS
-    if named.exists():
-        count = len(DataErrors(0, named))
-        print(f"samples that could not be read: {count:,}, named in {named}")
+    if (folder / DATA_ERRORS).exists():
+        print(_unread(config, folder / DATA_ERRORS))
     print(f"report: {report}")
+
+
+def _unread(config: RunConfig, named: Path) -> str:
+    """How many samples of each modality could not be read, with the share where it is known."""
+    parts = []
+    for name, count in DataErrors(0, named).by_modality().items():
+        part = f"{count:,} samples of {name}"
+        if isinstance(config.data, FoldersConfig):
+            total = config.data.count(name, is_target=name == config.target)
+            part = f"{count:,} of {total:,} ({100 * count / total:.0f} %) samples of {name}"
+        parts.append(part)
+    return f"{', '.join(parts)} could not be read, named in {named}"
 
 
 def _finish_trial(

@@ -224,6 +224,7 @@ def test_what_is_left_out_is_said(
     assert "left out: robustness under shift: no shifted set is given" in printed
     assert "left out: multimodal neurons: the data have no true pairs" in printed
     assert "95 % interval" in printed
+    assert "mutual neighbours of embeddings of both modes, %\n" in printed
     for name, text in zip(("analysis.json", "report.html"), before, strict=True):
         (run / name).write_text(text)
 

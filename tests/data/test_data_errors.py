@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -84,3 +86,17 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path):
         DataErrors(9, tmp_path / "file" / "e.jsonl").add("image", "a", "broken")
     with pytest.raises(DataError, match="cannot be read"):
         DataErrors(9, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"), [(errno.ENOSPC, "free some space"), (errno.ENOENT, "name another folder")]
+)
+def test_advice_of_a_file_that_cannot_be_written_follows_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int, told: str
+):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(DataError, match=rf"{os.strerror(reason)}; {told}"):
+        DataErrors(9, tmp_path / "e.jsonl").add("image", "a", "broken")

@@ -16,6 +16,7 @@ from uml_fast.data import in_memory, source
 from uml_fast.data.folders import FoldersConfig
 from uml_fast.data.held_out import hold_out
 from uml_fast.data.prepare.listing import order
+from uml_fast.data.shards.files import ShardSet
 from uml_fast.data.source import DataError
 from uml_fast.evaluate import evaluate
 from uml_fast.modalities.image import ImageConfig
@@ -66,6 +67,27 @@ def test_two_classes_of_five_train_and_are_evaluated(tmp_path: Path, caplog):
     assert done is not None and {r["mode"] for r in evaluate(done)} == {"unimodal", "uml"}
     assert "test samples; each is worth" in caplog.text
     assert "only image is given, so that UML has nothing else to learn from" in caplog.text
+
+
+def test_the_end_of_a_run_says_which_share_could_not_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = folder(tmp_path / "in", cat=20, dog=20)
+    out = tmp_path / "shards"
+    run("images", place, out)
+    before = [len(path.read_bytes()) for path in sorted(out.glob("train*.tar"))]
+    with ShardSet.open(out, "train") as shards:
+        path, total = shards.paths[0], len(shards)
+        starts = [int(shards.index.offset[i]) + int(shards.index.size[i]) // 2 for i in (1, 2)]
+    content = bytearray(Path(path).read_bytes())
+    for start in starts:
+        content[start : start + 60] = bytes(60)
+    Path(path).write_bytes(content)
+    assert before == [len(p.read_bytes()) for p in sorted(out.glob("train*.tar"))]
+    assert train(config(out, out=tmp_path / "run")) is not None
+    said = capsys.readouterr().out
+    assert f"2 of 40 (5 %) samples of image could not be read, named in {tmp_path}" in said
+    assert total < 40
 
 
 @pytest.mark.parametrize("seed", range(5))

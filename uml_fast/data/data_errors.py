@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
+from collections import Counter
 from pathlib import Path
 
 from uml_fast.data.source import DataError
+from uml_fast.runtime.files import advice
 
 DATA_ERRORS = "data_errors.jsonl"
 """Name of the file in a run's folder."""
@@ -41,6 +43,10 @@ class DataErrors:
 
     def __len__(self) -> int:
         return len(self._seen)
+
+    def by_modality(self) -> Counter[str]:
+        """Samples of each modality."""
+        return Counter(source for source, _ in self._seen)
 
     def add(self, source: str, key: str, problem: str) -> None:
         """Note a sample.
@@ -78,7 +84,7 @@ class DataErrors:
         except OSError as e:
             raise DataError(
                 f"{source}, sample {key}: {problem}; and {path} cannot be written: "
-                f"{e.strerror or e}. Free space or choose another --out"
+                f"{e.strerror or e}; {advice(e)}"
             ) from e
 
     def _take_in(self, content: bytes) -> bytes:

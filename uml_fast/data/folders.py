@@ -104,6 +104,15 @@ class FoldersConfig(DataConfig):
         place, cache = self.place(modality), self._cache
         return ShardSet.open(place, split if splits_of(place, cache) else None, cache)
 
+    def count(self, modality: str, *, is_target: bool) -> int:
+        """Samples in the splits that a run reads: of the target all, else those for training."""
+        there = splits_of(self.place(modality), self._cache) if is_target else ()
+        total = 0
+        for split in [s for s in ("train", "val", "test") if s in there] or ["train"]:
+            with self._open(modality, split) as shards:
+                total += len(shards)
+        return total
+
     @property
     def _cache(self) -> Path | None:
         return None if self.cache is None else Path(self.cache)

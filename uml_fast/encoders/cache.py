@@ -197,7 +197,8 @@ class Unfinished:
                 file.write(rows.astype("<f4", copy=False).tobytes())
         except OSError as e:
             raise DataError(
-                f"cannot write {self._rows}: {e.strerror}; free space: the same command goes on"
+                f"cannot write {self._rows}: {e.strerror or e}; {advice(e)}. The same command "
+                "goes on"
             ) from e
         self.done += len(rows)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from uml_fast.data.source import DataError
 from uml_fast.grid.run import GridCell
 from uml_fast.grid.train import CellResult
-from uml_fast.runtime.files import replace_file
+from uml_fast.runtime.files import advice, replace_file
 
 CELLS = "cells.jsonl"
 """File of a run folder with a line for every head that was trained."""
@@ -122,7 +122,7 @@ class Results:
                 self._waiting.clear()
         except OSError as e:
             raise DataError(
-                f"cannot write to {self._heads.parent}: {e.strerror or e}; free space: the same "
+                f"cannot write to {self._heads.parent}: {e.strerror or e}; {advice(e)}. The same "
                 "command goes on"
             ) from e
 

@@ -40,7 +40,8 @@ def side(row: Mapping[str, Any]) -> str:
 
 
 def print_analyses(analysis: Mapping[str, Any]) -> str:
-    """The rows as plain text, then what was left out and why."""
+    """The rows as plain text, a name that is too long on a line of its own, then what was left out
+    and why."""
     width = min(44, max([len(_name(r)) for r in analysis["rows"]], default=0))
     heads = (*map(mode_name, compared(analysis)), "difference", "95 % interval", "n")
     sizes = (10, 11, 12, 20, 3)
@@ -54,9 +55,9 @@ def print_analyses(analysis: Mapping[str, Any]) -> str:
             _text(r, r["unimodal_mean"]), _text(r, r["uml_mean"]),
             _text(r, r["paired_diff_mean"], "+"), _interval(r), str(r["n"]),
         )  # fmt: skip
-        line = f"{_name(r)[:width]:<{width}}"
-        line += "".join(f"{c:>{w}}" for c, w in zip(cells, sizes, strict=True))
-        lines.append(line)
+        *above, name = [_name(r)] if len(_name(r)) <= width else [_name(r), ""]
+        numbers = "".join(f"{c:>{w}}" for c, w in zip(cells, sizes, strict=True))
+        lines += [*above, f"{name:<{width}}{numbers}"]
     lines += ["", *_said(analysis)]
     for rate in analysis.get("exchange_rates") or ():
         lines += [

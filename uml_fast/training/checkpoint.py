@@ -34,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uml_fast.runtime.files import advice
+
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
@@ -180,7 +182,7 @@ def _saving(path: Path, folder: Path) -> Iterator[None]:
         yield
     except OSError as e:
         raise CheckpointError(
-            f"cannot write {path}: {e.strerror or e}; free space or choose a writable run folder. "
+            f"cannot write {path}: {e.strerror or e}; {advice(e)}. "
             f"Earlier checkpoints in {folder} are intact"
         ) from e
 
