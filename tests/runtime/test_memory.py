@@ -14,10 +14,10 @@ from uml_fast.runtime.memory import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 def step():
-    held = [torch.ones(6 << 18) for _ in range(12)]
+    held = [torch.ones(10 << 20) for _ in range(3)]
     while held:
         held.pop()
-for _ in range(2):
+for _ in range(10):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 step()
@@ -30,7 +30,7 @@ def faults(keep: bool) -> int:
     return int(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
 
 
-def test_a_repeated_step_faults_few_of_its_18_000_pages_again():
+def test_a_repeated_step_faults_few_of_its_30_000_pages_again():
     assert faults(keep=True) < 5_000 < faults(keep=False)
 
 
