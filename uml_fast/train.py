@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.data.folders import FoldersConfig
 from uml_fast.distributed.parallel import check_groups
 from uml_fast.distributed.ranks import Ranks, join_ranks, one_voice
-from uml_fast.experiment.dry_run import dry_run
+from uml_fast.experiment.dry_run import dry_run, dry_run_heads
 from uml_fast.experiment.run import check_alike, locked, open_run, to_json
 from uml_fast.experiment.summary import describe_samples, summarise
 from uml_fast.experiment.train_heads import check_alone, train_heads
@@ -33,9 +34,12 @@ from uml_fast.runtime.stop import StopSignal
 from uml_fast.runtime.trace import Trace
 from uml_fast.training.live import PlannedTrial
 from uml_fast.training.log import RunLog, SilentLog, write_json
+from uml_fast.training.optim import short_warmup
 from uml_fast.training.start import resolve
 from uml_fast.training.trial import Stopped, Trial
 from uml_fast.training.wandb_runs import WandbRuns, check_wandb
+
+logger = logging.getLogger("uml_fast")
 
 _AGAIN = "the same command continues it"
 
@@ -66,6 +70,8 @@ def train(config: RunConfig | GridConfig) -> Path | None:
 def _open(config: RunConfig) -> Path:
     if config.wandb:
         check_wandb()
+    if note := short_warmup(config.steps, config.optim):
+        logger.warning(note)
     if not (config.folder / "run.json").exists():
         _check(config)
     return open_run(config)
@@ -203,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
     if not is_dry:
         train(config)
     elif isinstance(config, GridConfig):
-        print(json.dumps(to_json(config), indent=1))
+        print(dry_run_heads(config))
     elif os.environ.get("RANK", "0") == "0":
         print(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))))
     return 0

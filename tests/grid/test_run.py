@@ -240,6 +240,23 @@ def test_unrelated_text_meets_by_number(where: Path, tmp_path: Path) -> None:
     assert modes == ["unrelated", "unrelated_init", "related_init"]
 
 
+def test_a_dry_run_says_how_many_heads_on_what_and_checks_the_features(
+    where: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--shots", "1", "4", "--seeds", "2", "--search.points", "3", "--dry-run"]
+    command = ["vision_text", "--out", str(tmp_path / "run"), *options, "--data.where"]
+    assert run_main(main, [*command, str(where)]) == 0
+    text, _, shown = capsys.readouterr().out.partition("configuration:\n")
+    made = config(where, tmp_path)
+    assert f"{len(list(made.cells()))} heads (unimodal, uml, uml_init; 1, 4 shots; 2 seeds)" in text
+    data = made.data.load(made.modalities, 0, 1).heads
+    image = f"image: {len(data.train['image'])} training, {len(data.validation)} validation"
+    assert image in text and f"text: {len(data.train['text'])} training samples" in text
+    assert json.loads(shown)["recipe"] == "vision_text"
+    assert run_main(main, [*command, str(tmp_path / "nothing")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_be_run_is_said_before_anything_is_written(where: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(ConfigError, match="torchrun"), pytest.MonkeyPatch.context() as patch:

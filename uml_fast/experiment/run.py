@@ -113,6 +113,23 @@ def read_config(folder: Path) -> RunConfig:
     return config
 
 
+def check_folder(config: RunConfig | GridConfig) -> str:
+    """What ``open_run`` would do, as a line for a person; changes nothing.
+
+    Raises:
+        RunFolderError: there is no readable run where one is to be continued.
+        ConfigError: the folder holds a run that was configured otherwise; the message names the
+            fields.
+    """
+    folder = config.folder
+    if config.resume in ("auto", "never") and not (folder / "run.json").exists():
+        return f"a new run in {folder}"
+    if config.resume == "never":
+        return f"a new run in {folder}; the one there is set aside"
+    _check_same(folder, read_any_config(folder), config)
+    return f"goes on with the run in {folder}"
+
+
 def open_run(config: RunConfig | GridConfig) -> Path:
     """Make or continue the run folder; returns its path.
 
@@ -120,20 +137,16 @@ def open_run(config: RunConfig | GridConfig) -> Path:
     dated name, and a path continues the run there.
 
     Raises:
-        RunFolderError: the folder cannot be written.
-        ConfigError: the folder holds a run that was configured otherwise; the message names the
-            fields.
+        RunFolderError, ConfigError: as ``check_folder``; the folder cannot be written.
     """
+    check_folder(config)
     folder = config.folder
-    if config.resume not in ("auto", "never"):
-        read_any_config(folder)
     if config.resume == "never" and (folder / "run.json").exists():
         aside = folder.with_name(f"{folder.name}.{time.strftime('%Y%m%d-%H%M%S')}")
         folder.rename(aside)
         logger.info("the run that was in %s is now in %s", folder, aside)
     path = folder / "run.json"
     if path.exists():
-        _check_same(folder, read_any_config(folder), config)
         info = json.loads(path.read_text())  # keeps the machine and commit it was started with
     else:
         info = {"started": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | machine_info()

@@ -73,6 +73,17 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def short_warmup(steps: int, config: OptimConfig) -> str | None:
+    """What to say where the run ends before the learning rate is reached; None where it is."""
+    if steps > config.warmup_steps:
+        return None
+    highest = learning_rate(steps - 1, steps, config)
+    return (
+        f"the warm-up takes {config.warmup_steps:,} steps (--optim.warmup-steps), the run has "
+        f"{steps:,}: its learning rate rises to {highest:.2g} and never reaches {config.lr:g}"
+    )
+
+
 def _released_rate(step: int, steps: int, config: OptimConfig) -> float:
     """The authors' schedule (PAPER 1.4), which falls behind step 0 where lr <= 5e-4."""
     if step < config.warmup_steps:
