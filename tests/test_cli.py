@@ -181,6 +181,16 @@ def test_interrupt_and_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run_main(lambda argv: 4) == 4
 
 
+def test_an_interrupt_while_train_is_imported_is_one_line(tmp_path: Path) -> None:
+    """A torch that interrupts its own import stands for Ctrl-C in the first seconds."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "uml_fast.train"], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path.cwd()}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.parametrize(
     "defect", [KeyError("x"), ModuleNotFoundError("no", name="uml_fast.gone"), OSError("bare")]
 )

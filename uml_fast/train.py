@@ -7,16 +7,22 @@ what would be trained, and trains nothing.
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # ahead of torch's import, so that Ctrl-C is one line then too
+    from uml_fast import cli
+
+    raise SystemExit(cli.main(["train", *sys.argv[1:]]))
+
 import contextlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from uml_fast.cli import parse, run_main
+from uml_fast.cli import parse
 from uml_fast.config import RunConfig
 from uml_fast.data.data_errors import DATA_ERRORS, DataErrors
 from uml_fast.data.folders import FoldersConfig
@@ -213,7 +219,3 @@ def main(argv: list[str] | None = None) -> int:
     elif os.environ.get("RANK", "0") == "0":
         print(dry_run(config, int(os.environ.get("WORLD_SIZE", "1"))))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_main(main))

@@ -13,8 +13,7 @@ Ranks that share a model (FSDP) write a folder ``step-<step>``: each a file
 begin is in ``DCP_SHARDING_INFO``, as torch.distributed.checkpoint writes it for safetensors, so its
 ``HuggingFaceStorageReader`` loads the folder too. (Its own writer has no checksum and no atomic
 rename, and plans each save over all ranks; its default format is a pickle.) The folder is
-``step-<step>.tmp`` until all parts are in it. Any number of ranks reads either kind, whole or in
-parts: ``load``.
+``step-<step>.tmp`` until all parts are in it. Any number of ranks reads either kind: ``load``.
 """
 
 from __future__ import annotations
@@ -181,10 +180,8 @@ def _saving(path: Path, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise CheckpointError(
-            f"cannot write {path}: {e.strerror or e}; {advice(e)}. "
-            f"Earlier checkpoints in {folder} are intact"
-        ) from e
+        why = f"cannot write {path}: {e.strerror or e}; {advice(e)}"
+        raise CheckpointError(f"{why}. Earlier checkpoints in {folder} are intact") from e
 
 
 def load(path: Path, part: Part = lambda name: None) -> Checkpoint:
