@@ -11,7 +11,9 @@ import torch
 from tests.tiny import tiny
 from uml_fast.config import MixConfig, RunConfig
 from uml_fast.cost.scaling import BETWEEN, STATE_BYTES
+from uml_fast.distributed import parallel
 from uml_fast.distributed.ranks import ALONE, Ranks
+from uml_fast.runtime.memory import memory_bytes
 from uml_fast.training import memory
 from uml_fast.training.start import build_model, plan_mix
 
@@ -51,6 +53,13 @@ def test_the_packs_that_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         "from 6,400 to 4800 (--optim.accumulate 2 keeps" in said
     )  # the estimate says it fits, which it did not
     assert "--mix.batch from 40 to 20" in advice(config(batch=40), monkeypatch, room=0.51)
+
+
+def test_the_advice_and_the_sharding_go_by_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    alone = memory_bytes(cpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory._memory_of(cpu)[0] == parallel.memory_bytes(cpu) == alone / 4
 
 
 def test_where_the_model_does_not_fit_packs_are_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

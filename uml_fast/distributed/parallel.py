@@ -15,7 +15,6 @@ products round them to bf16 where they are used (docs/numerics.md), on one rank 
 from __future__ import annotations
 
 import contextlib
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -34,6 +33,7 @@ from uml_fast.distributed.exchange import Clock, put_clock
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import Layout, PackedBatch
+from uml_fast.runtime.memory import memory_bytes
 
 Parts = dict[str, Tensor]
 LossFunction = Callable[[Uml, PackedBatch, RunConfig, Tensor | None], Parts]
@@ -135,14 +135,6 @@ def choose(config: DistConfig, model: nn.Module, ranks: Ranks, device: torch.dev
         return "ddp"
     whole = STATE_BYTES * sum(p.numel() for p in model.parameters())
     return "fsdp" if whole > WHOLE_PART * memory_bytes(device) else "ddp"
-
-
-def memory_bytes(device: torch.device) -> float:
-    """Memory that a rank can use: its GPU's, or its part of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    pages = os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return os.sysconf("SC_PAGE_SIZE") * pages
 
 
 def distribute(losses: Losses, config: RunConfig, ranks: Ranks, device: torch.device) -> nn.Module:

@@ -9,13 +9,14 @@ import torch
 
 from uml_fast.config import RunConfig
 from uml_fast.cost.scaling import stays_gathered
-from uml_fast.distributed.parallel import choose, memory_bytes
+from uml_fast.distributed.parallel import choose
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.experiment.run import check_folder, to_json
 from uml_fast.grid.data import LoadedData
 from uml_fast.grid.run import GridConfig
 from uml_fast.model.float8 import check_float8
 from uml_fast.runtime.device import resolve_device, resolve_dtype
+from uml_fast.runtime.memory import memory_bytes
 from uml_fast.training.graph import is_wanted
 from uml_fast.training.measure import pack_source
 from uml_fast.training.memory import kept_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +14,7 @@ from uml_fast.model.transformer import TransformerConfig
 from uml_fast.model.uml import Uml
 from uml_fast.packing.pack import Layout
 from uml_fast.runtime.device import resolve_dtype
+from uml_fast.runtime.memory import memory_bytes
 
 _SAFE = 0.95
 """Part of the memory that may be filled."""
@@ -126,11 +126,11 @@ def _advice(
     )
 
 
-def _memory_of(device: torch.device) -> tuple[int, int, str]:
-    """Bytes of the device, those of other processes, and its name."""
+def _memory_of(device: torch.device) -> tuple[float, float, str]:
+    """Bytes that a rank can use, those of them that other processes hold, and where they are."""
+    total = memory_bytes(device)
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        others = max(0, total - free - torch.cuda.memory_reserved(device))
+        free, _ = torch.cuda.mem_get_info(device)
+        others = max(0.0, total - free - torch.cuda.memory_reserved(device))
         return total, others, f"{device} ({torch.cuda.get_device_name(device)})"
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total, 0, "this machine"
+    return total, 0.0, "a rank on this machine"
