@@ -10,6 +10,7 @@ import pytest
 
 from tests.example_run import make_run
 from uml_fast.analysis.statistics import correct_rows
+from uml_fast.experiment.summary import throughput
 from uml_fast.report import ReportError, print_table, write_report
 from uml_fast.training.log import RunFolderError
 
@@ -58,6 +59,11 @@ def finished(tmp_path_factory):
     path = write_report(folder)
     assert path == folder / "report.html"
     return folder, summary, path.read_text(encoding="utf-8")
+
+
+def write_log(folder, records):
+    text = "".join(json.dumps(r) + "\n" for r in records)
+    (folder / "metrics.jsonl").write_text(text)
 
 
 class TestPage:
@@ -220,6 +226,18 @@ class TestTable:
         assert finished[1]["comparison"][0]["verdict"] in text
         assert "tokens a second 52,340" in text
         assert "datasheet" not in text
+
+    def test_a_run_too_short_to_measure_says_so(self, finished, tmp_path):
+        lap = {"mode": "uml", "seed": 0, "step": 20, "tokens_per_s": 10.0, "recompiles": 0}
+        write_log(tmp_path, [lap])
+        short = print_table({**finished[1], "throughput": throughput(tmp_path)})
+        assert "throughput: too short to measure" in short and "recompiles" not in short
+        assert max(map(len, short.splitlines())) <= 100
+        write_log(tmp_path, [lap, lap | {"step": 40}])
+        long = print_table({**finished[1], "throughput": throughput(tmp_path)})
+        assert "tokens a second 10, recompiles 0" in long and "too short" not in long
+        only = print_table({**finished[1], "throughput": throughput(tmp_path, "unimodal")})
+        assert "recompiles" not in only and "too short" not in only
 
     def test_without_pairs_says_so(self, finished):
         text = print_table({**finished[1], "comparison": []})

@@ -111,7 +111,10 @@ def probes(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def throughput(folder: Path, mode: str = "uml") -> dict[str, Any]:
-    """Medians of a mode's logged rates, without each trial's first lap (it pays for warm-up)."""
+    """Medians of a mode's logged rates, without each trial's first lap (it pays for warm-up).
+
+    ``is_too_short``: the trials of the mode logged no other lap.
+    """
     laps: dict[str, list[float]] = defaultdict(list)
     groups: dict[str, list[dict[str, float]]] = defaultdict(list)
     recompiles, seen = 0, set()
@@ -131,7 +134,7 @@ def throughput(folder: Path, mode: str = "uml") -> dict[str, Any]:
         name: float(np.median(v)) if (v := laps.get(name)) else None for name in _RATES
     }
     means = {name: _means(found) for name, found in groups.items() if any(found)}
-    return rates | means | {"recompiles": recompiles}
+    return rates | means | {"recompiles": recompiles, "is_too_short": bool(seen) and not laps}
 
 
 def _means(laps: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -14,11 +14,13 @@ from uml_fast.report import charts
 from uml_fast.report.table import (
     MODE_MEANING,
     THROUGHPUT,
+    TOO_SHORT,
     baseline_name,
     baselines_of,
     both_sides,
     compared,
     has_rate,
+    is_too_short,
     metric_of,
     mode_name,
     rate,
@@ -201,11 +203,13 @@ def _curve_figures(records: Sequence[Mapping[str, Any]], wanted: Sequence[_Curve
 
 def throughput(summary: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> str:
     """Rates of the run, occupancy of its stages, and how both went over time."""
+    if is_too_short(summary):
+        return f'<h2>Throughput</h2><div class="card">{TOO_SHORT}</div>'
     tiles = "".join(
         f"<div><b>{rate(summary, key)}</b><span>{label}</span><small>{note}</small></div>"
         for key, label, note in THROUGHPUT if has_rate(summary, key)
     )  # fmt: skip
-    if not tiles:
+    if not has_rate(summary, "tokens_per_s"):
         return ""
     loading = _stages(summary["throughput"]) + _loading(summary["throughput"])
     figures = _curve_figures(

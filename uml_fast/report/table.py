@@ -26,6 +26,10 @@ THROUGHPUT = (
 """Keys of a summary's throughput, with their label and meaning."""
 
 
+TOO_SHORT = "too short to measure (trials need two log lines; lower --log-every or train longer)"
+"""Said in place of rates."""
+
+
 ROW_AXES = ("auxiliary_shots", "ratio")
 """Keys of a grid's rows beside shots and mode."""
 
@@ -149,7 +153,9 @@ def print_table(summary: Mapping[str, Any]) -> str:
     rates = [
         f"{label} {rate(summary, key)}" for key, label, _ in THROUGHPUT if has_rate(summary, key)
     ]
-    if rates:
+    if is_too_short(summary):
+        lines += ["", f"throughput: {TOO_SHORT}"]
+    elif has_rate(summary, "tokens_per_s"):
         lines += ["", *_wrapped(rates, 100)]
     return "\n".join(lines)
 
@@ -248,6 +254,11 @@ def searched(summary: Mapping[str, Any]) -> list[str]:
 def has_rate(summary: Mapping[str, Any], key: str) -> bool:
     """True where the run measured this rate."""
     return (summary.get("throughput") or {}).get(key) is not None
+
+
+def is_too_short(summary: Mapping[str, Any]) -> bool:
+    """True where no trial logged a lap behind its first, which pays for warming up."""
+    return bool((summary.get("throughput") or {}).get("is_too_short"))
 
 
 def rate(summary: Mapping[str, Any], key: str) -> str:
