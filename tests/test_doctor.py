@@ -50,6 +50,22 @@ def test_missing_package_gets_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> N
     assert doctor.pip_line("nowhere_to_be_found.inner") == "pip install some-dist"
 
 
+@pytest.mark.parametrize("lacks", [True, False])
+def test_timm_that_only_uml_fast_can_import_is_said(
+    monkeypatch: pytest.MonkeyPatch, lacks: bool
+) -> None:
+    pytest.importorskip("safetensors")
+    from uml_fast.runtime import foreign
+
+    here = {m: (d, "a test") for m, d in (("timm", "timm"), ("safetensors", "safetensors"))}
+    monkeypatch.setattr(doctor, "PACKAGES", here)
+    monkeypatch.setattr(foreign, "lacks_ops", lambda: lacks)
+    if finding("timm").on:
+        said = "a plain import of timm may fail" in finding("timm").detail
+        assert said == lacks
+    assert "plain import" not in finding("safetensors").detail
+
+
 def test_a_broken_check_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> bool:
         raise RuntimeError("driver too old")

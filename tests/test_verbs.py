@@ -80,6 +80,15 @@ def test_a_run_folder_without_runs_in_front_is_found(
     )
 
 
+def test_inspect_names_the_verbs_for_a_run_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    assert cli.main(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert f"is a run folder, not shards: uml-fast evaluate {tmp_path} measures" in said
+
+
 @pytest.mark.parametrize("verb", ["evaluate", "inspect", "analyse", "export", "plan", "search"])
 def test_help_has_an_example_line(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([verb, "--help"]) == 0

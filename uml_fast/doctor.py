@@ -194,7 +194,25 @@ def _package(module: str) -> Finding:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         version = "unknown version"
-    return Finding(name, True, f"{version} ({purpose})")
+    return Finding(name, True, f"{version} ({purpose}{_how(module)})")
+
+
+def _how(module: str) -> str:
+    """What must be said of a package that uml_fast can import and others cannot."""
+    if module not in ("timm", "transformers"):
+        return ""
+    try:
+        from uml_fast.runtime.foreign import lacks_ops
+
+        is_odd = lacks_ops()
+    except (ImportError, OSError):  # without torch, which has a line of its own
+        return ""
+    if not is_odd:
+        return ""
+    return (
+        f"; works in uml_fast, which stands in for the ops of torchvision: that is built for CUDA, "
+        f"torch is not, and a plain import of {module} may fail"
+    )
 
 
 def _cpuinfo() -> tuple[set[str], str]:

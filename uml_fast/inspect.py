@@ -13,6 +13,7 @@ import tyro
 
 from uml_fast.cli import options, run_main
 from uml_fast.config import require
+from uml_fast.data.shards import remote
 from uml_fast.data.shards.files import ShardSet, manifest_folder, read_manifest
 from uml_fast.data.shards.lengths import UNITS
 from uml_fast.data.source import DataError
@@ -50,6 +51,12 @@ class InspectConfig:
 def main(argv: list[str] | None = None) -> int:
     """Print the report; returns 0, or 1 where something is wrong with the shards."""
     given = options(InspectConfig, "inspect", argv)
+    require(
+        remote.is_remote(given.shards) or not (Path(given.shards) / "run.json").is_file(),
+        f"{given.shards} is a run folder, not shards: uml-fast evaluate {given.shards} measures "
+        f"its models again, uml-fast analyse {given.shards} looks into them; report.html there "
+        "shows its results",
+    )
     faults = list(_report(given.shards, given.split, given.cache, given.samples, given.verify))
     for fault in faults:
         print(f"WRONG: {fault}")

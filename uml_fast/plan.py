@@ -75,6 +75,7 @@ class PlanConfig:
         require(
             min(self.image, self.text, self.audio) >= 0, "a share of the mix must not be negative"
         )
+        plan(self)  # what it finds wrong is then said as the rest is
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -124,9 +125,9 @@ def describe(config: PlanConfig) -> Iterator[str]:
     """The plan in lines."""
     p, chip = plan(config), CHIPS[config.gpu]
     gib = 1 << 30
-    ranks = "" if config.gpus == 1 else f"on {config.nodes} node(s), {config.strategy}"
+    ranks = "" if config.gpus == 1 else f" on {config.nodes} node(s), {config.strategy}"
     name = f"ViT-{config.model.upper()}"
-    yield f"{name}, {p.parameters / 1e6:.1f} M parameters, {config.gpus} {config.gpu} {ranks}"
+    yield f"{name}, {p.parameters / 1e6:.1f} M parameters, {config.gpus} {config.gpu}{ranks}"
     yield (
         f"memory per GPU   {p.memory_bytes / gib:.1f} of {chip.memory_gib:.0f} GiB: weights, "
         f"gradients and moments {p.states_bytes / gib:.1f}, activations "
@@ -134,6 +135,7 @@ def describe(config: PlanConfig) -> Iterator[str]:
     )
     if p.memory_bytes > _SAFE * chip.memory_gib * gib:
         yield f"                 DOES NOT FIT: {_remedy(config, p)}"
+        yield "                 what follows is what it would be with enough memory"
     step = p.step_s
     mfu = p.flops / step / chip.flops
     yield (

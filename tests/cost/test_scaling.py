@@ -98,7 +98,12 @@ def test_advice_of_a_plan_that_does_not_fit_fits() -> None:
     advised = [line for line in describe(config) if "DOES NOT FIT" in line]
     assert advised
     tokens = int(advised[0].split("--tokens ")[1])
+    lines = list(describe(config))
+    after = lines[lines.index(advised[0]) + 1 :]
+    assert "would be with enough memory" in after[0] and any("tokens/s" in x for x in after)
+    assert lines[0].endswith(" 1 A100")
     fitting = dataclasses.replace(config, tokens=tokens)
+    assert "would be" not in "".join(describe(fitting))
     assert not [line for line in describe(fitting) if "DOES NOT FIT" in line]
     larger = dataclasses.replace(config, tokens=tokens + 2048)
     assert [line for line in describe(larger) if "DOES NOT FIT" in line]
@@ -117,6 +122,13 @@ def test_advice_of_a_plan_that_does_not_fit_fits() -> None:
 def test_plans_that_cannot_be_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(PlanConfig(**change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [["--gpu", "H20"], ["--tokens", "0"], ["--nodes", "2"]])
+def test_refusals_have_one_form(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(given)
+    assert stop.value.code == 2 and "Error parsing PlanConfig: " in capsys.readouterr().err
 
 
 def test_the_verb_prints_every_figure(capsys: pytest.CaptureFixture[str]) -> None:

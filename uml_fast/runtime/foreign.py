@@ -45,14 +45,17 @@ def _declare_ops() -> None:
     Its wheel on PyPI is built for CUDA on Linux: beside a CPU build of torch its ops do not load,
     and its import fails ("operator torchvision::nms does not exist"). No model needs these ops.
     """
-    if torch.version.cuda is None and _torchvision_is_for_cuda():
+    if lacks_ops():
         library = torch.library.Library("torchvision", "DEF")
         for op in _OPS:
             library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _DECLARED.append(library)
 
 
-def _torchvision_is_for_cuda() -> bool:
+def lacks_ops() -> bool:
+    """Whether torchvision's ops do not load here, so that a plain ``import timm`` fails."""
+    if torch.version.cuda is not None:
+        return False
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
         return False
