@@ -2,9 +2,10 @@
 
 FSDP2 takes its collectives from outside: these are its own with a clock around them. Over gloo they
 hold the rank up, and nothing hides them. On a GPU they run on streams of their own: two events give
-the time of each, whether computing hides it or not, and nobody waits to read them. DDP samples
-itself (its first ten steps, then every hundredth) and says what backward did not hide, as a mean
-over its samples since it began: between two log lines there may be none.
+the time of each, whether computing hides it or not, and nobody waits to read them; a gather and a
+scatter that run at once count both, up to 100 %. DDP samples itself (its first ten steps, then
+every hundredth) and says what backward did not hide, as a mean over its samples since it began:
+between two log lines there may be none.
 """
 
 from __future__ import annotations
@@ -90,7 +91,7 @@ def exchange_pct(losses: nn.Module, clock: Clock, seconds: float) -> float | Non
         seconds: of training since the last call, without validations and checkpoints.
     """
     if isinstance(losses, FSDPModule):
-        return 100 * clock.take() / seconds
+        return min(100.0, 100 * clock.take() / seconds)  # gathers and scatters may overlap
     if not isinstance(losses, DistributedDataParallel):
         return None
     seen = losses._get_ddp_logging_data()
