@@ -14,7 +14,7 @@ from PIL import Image
 from tests.encoders import local_models
 from tests.encoders.local_models import smooth_pixels, transformers
 from uml_fast.data.decoding.decode import DecodeError
-from uml_fast.data.source import DataError
+from uml_fast.data.source import DataError, say_once
 from uml_fast.encoders.audio import AudioEncoder
 from uml_fast.encoders.image import ImageEncoder, crop
 from uml_fast.encoders.text import TextEncoder
@@ -206,3 +206,23 @@ def test_sounds(tmp_path: Path) -> None:
         expected = model(x).last_hidden_state.mean(1)
     torch.testing.assert_close(encoder.encode([good]), expected, rtol=1e-3, atol=1e-4)
     assert encoder.same_length
+
+
+def test_a_hub_that_does_not_answer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    http = pytest.importorskip("huggingface_hub.utils._http")
+
+    def unreachable(*_: object, **__: object) -> None:
+        for tried in range(1, 6):
+            http.logger.warning(f"Retrying in 8s [Retry {tried}/5].")
+        raise OSError("no connection")
+
+    monkeypatch.setattr(import_timm(), "create_model", unreachable)
+    say_once.cache_clear()
+    with pytest.raises(DataError, match="timm cannot load timm/vit_tiny: no connection"):
+        ImageEncoder("timm/vit_tiny", CPU, torch.float32, size=32)
+    (said,) = caplog.records
+    assert "timm/vit_tiny: the Hugging Face hub does not answer" in said.message
+    http.logger.warning("heard again")
+    assert not http.logger.filters

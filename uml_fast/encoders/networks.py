@@ -7,15 +7,18 @@ repository of the Hugging Face hub.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from uml_fast.data.source import DataError
+from uml_fast.data.source import DataError, say_once
 from uml_fast.runtime.foreign import import_timm, import_transformers
 
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -42,6 +45,25 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+@contextlib.contextmanager
+def _hub_told_once(name: str) -> Iterator[None]:
+    """One line where the hub cannot be reached, in place of two for each of its library's tries."""
+
+    def told(record: logging.LogRecord) -> bool:
+        say_once(
+            f"{name}: the Hugging Face hub does not answer, it is tried again for up to a minute; "
+            "HF_HUB_OFFLINE=1 uses what its cache holds"
+        )
+        return False
+
+    requests = logging.getLogger("huggingface_hub.utils._http")
+    requests.addFilter(told)
+    try:
+        yield
+    finally:
+        requests.removeFilter(told)
+
+
 def is_timm(name: str) -> bool:
     """Whether a name or folder is timm's.
 
@@ -66,7 +88,8 @@ def timm_network(name: str, size: int) -> tuple[nn.Module, Statistics]:
     if folder.is_dir():
         _check_weights(folder)
     try:
-        model = timm.create_model(place, pretrained=True)
+        with _hub_told_once(name):
+            model = timm.create_model(place, pretrained=True)
     except Exception as e:  # whatever the hub, the registry or a wrong checkpoint raises
         raise DataError(f"timm cannot load {name}: {one_line(e)}") from e
     model.reset_classifier(0)
@@ -89,7 +112,8 @@ def transformers_config(name: str) -> Any:
     elif name.startswith(("/", "./", "../", "~")):
         raise DataError(f"there is no folder {name}; give one of a model, or a name on the hub")
     try:
-        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        with _hub_told_once(name):
+            return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
         raise DataError(f"transformers cannot load {name}: {one_line(e)}") from e
 
