@@ -170,12 +170,12 @@ def few_shot(labels: Tensor, shots: int, seed: int, split: str) -> np.ndarray:
     return np.sort(order[place_in_class < shots]).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=2048)
 def _epoch(seed: int, modality: str, epoch: int, samples: int) -> np.ndarray:
     return stream(seed, "order", modality, epoch).permutation(samples).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=512)
 def _positions(
     seed: int, modality: str, samples: int, batch: int, begin: int, end: int
 ) -> np.ndarray:
