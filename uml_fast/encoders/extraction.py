@@ -23,6 +23,7 @@ from uml_fast.data.decoding.decode import DecodeError
 from uml_fast.data.shards.files import ShardSet
 from uml_fast.data.source import DataError
 from uml_fast.encoders.cache import Unfinished, fingerprint_of, is_stored, save_features
+from uml_fast.runtime.memory import keep_freed_memory
 from uml_fast.runtime.progress import StatusLine, duration
 
 _AHEAD = 3
@@ -156,6 +157,7 @@ def extract(
             finite, or the file cannot be written.
     """
     status = status or StatusLine()
+    keep_freed_memory()
     if samples.kind != encoder.kind:
         raise DataError(f"{path}: the samples are {samples.kind}, the encoder takes {encoder.kind}")
     facts = {"version": 1, "encoder": encoder.facts, "data": data_facts(samples)}

@@ -105,9 +105,8 @@ class ImageEncoder(Encoder):
                 f"{name} does not say which mean and deviation its pixels have "
                 "(preprocessor_config.json); choose with --norm clip or --norm imagenet"
             )
-        self._mean, self._std = (
-            torch.tensor(s, device=device).view(1, 3, 1, 1) * 255 for s in statistics
-        )
+        mean, std = (torch.tensor(s, device=device).view(1, 3, 1, 1) for s in statistics)
+        self._scale, self._shift = 1 / (255 * std), -mean / std
         self._model.to(memory_format=torch.channels_last)
         self.facts = {
             "name": name, "weights": weights, "dtype": str(dtype), "pool": pool,
@@ -138,7 +137,7 @@ class ImageEncoder(Encoder):
         if self._device.type == "cuda":
             pixels = pixels.pin_memory().to(self._device, non_blocking=True)
         # channels stay last, as they were decoded: convolutions in bf16 take half the time
-        x = pixels.permute(0, 3, 1, 2).float().sub_(self._mean).div_(self._std)
+        x = torch.addcmul(self._shift, pixels.permute(0, 3, 1, 2).float(), self._scale)
         return self._features(x.to(self._dtype)).float()
 
 

@@ -53,7 +53,7 @@ def _group_limits(member: Path, root: Path) -> list[int]:
 def keep_freed_memory() -> bool:
     """Keep freed buffers in the process instead of giving them back; True where that is so.
 
-    A training step on a CPU frees its large buffers and asks for the same ones again in the next
+    A step on a CPU frees its large buffers and asks for the same ones again in the next
     step. glibc returns them to the system in between, so that each comes back as pages that fault
     and are cleared one by one: 17,000 in a step of a ViT-Ti on 2,656 rows, a quarter of its time
     (docs/log.md). Without glibc, or where the environment sets its thresholds, nothing is changed.
