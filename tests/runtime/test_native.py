@@ -70,7 +70,7 @@ def test_cuda_part_imports_without_a_driver() -> None:
     if cuda is None:
         pytest.skip(native.cuda_reason())
     code = (
-        "from uml_fast import native\n"
+        "from uml_fast.runtime import native\n"
         "cuda = native.cuda_module()\n"
         "count = cuda.device_count()\n"
         "try:\n    cuda.CudaDevice(count)\n"
