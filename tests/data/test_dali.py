@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from tests.data import made_files
+from tests.real_files import DATA, needs_real_files
 from uml_fast.config import ConfigError, MixConfig, ModalityConfig
 from uml_fast.data.decoding.dali import Batched
 from uml_fast.data.decoding.decode import Decode, DecodeError, decode_of
@@ -38,8 +39,6 @@ SOUND = AudioConfig(
     name="audio", sample_rate=8000, row_samples=160, frames=2, window=160, positions=30
 )
 WORDS = TextConfig(name="text", vocabulary=256, positions=40)
-DATA = next((p / "shared" / "data" for p in Path(__file__).parents if (p / "shared").is_dir()),
-            None)  # fmt: skip
 
 
 def picture(width: int = 37, height: int = 53, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -136,7 +135,7 @@ def test_pixels_of_other_formats() -> None:
     assert_alike(GRAY, [*colour, stored(deep, "PNG")], by_dali=False)
 
 
-@pytest.mark.skipif(DATA is None, reason="the real files are not here")
+@needs_real_files
 def test_real_jpeg_pixels() -> None:
     import tarfile
 

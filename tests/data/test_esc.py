@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.real_files import DATA, needs_real_files
 from uml_fast.data.esc import folds_of, read_class_map, shared_classes, split_fold, usable_folds
 from uml_fast.data.source import DataError
-
-REAL = Path("/work/shared/data/esc10_ogg.tar")
 
 
 def made_clips(folds: int = 5, each: int = 8, classes: int = 3) -> tuple[list[str], np.ndarray]:
@@ -88,10 +87,10 @@ def test_a_class_with_too_few_clips_is_named() -> None:
         split_fold(folds, labels, keys, 1, 4, 0, ("cow", "pig", "hen"))
 
 
+@needs_real_files
 def test_the_real_clips_have_folds_that_share_no_recording() -> None:
-    if not REAL.is_file():
-        pytest.skip(f"{REAL} is not here")
-    with tarfile.open(REAL) as tar:
+    assert DATA is not None
+    with tarfile.open(DATA / "esc10_ogg.tar") as tar:
         keys = [m.name for m in tar if m.isfile()]
     folds = folds_of(keys)
     labels = np.unique([k.split("/")[1] for k in keys], return_inverse=True)[1]

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.data.made_files import run, samples
+from tests.real_files import DATA, needs_real_files
 from uml_fast import cli
 from uml_fast.data.shards.files import ShardSet
 
 soundfile = pytest.importorskip("soundfile")
-ROOT = Path(__file__).parents[2]
-PLACES = (ROOT / "shared" / "data", ROOT.parent / "shared" / "data")
-DATA = next((p for p in PLACES if p.is_dir()), None)
-
-pytestmark = pytest.mark.skipif(DATA is None, reason="the real files are not here")
+pytestmark = needs_real_files
 
 
 def subset(source: Path, target: Path, every: int) -> Path:

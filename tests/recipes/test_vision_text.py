@@ -13,12 +13,12 @@ from safetensors import safe_open
 
 from tests.data.made_files import run, write
 from tests.encoders import local_models
+from tests.real_files import DATA, needs_real_files
 from uml_fast import evaluate, export, extract, train
 from uml_fast.cli import run_main
 from uml_fast.encoders.image import ImageEncoder
 
 CLASSES = ("cat", "dog", "wings")
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 
 
 def call(verb: object, *arguments: object) -> None:
@@ -67,13 +67,14 @@ def test_from_files_to_a_head_of_ones_own_images(tmp_path: Path, capsys) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHARED.exists(), reason="no folder of real files")
+@needs_real_files
 def test_cifar_with_sentences_of_its_classes(tmp_path: Path) -> None:
     """Real photographs and sentences, encoders learned here without labels."""
+    assert DATA is not None
     feats = tmp_path / "feats"
-    run("images", SHARED / "cifar10_jpeg.tar", tmp_path / "shards")
+    run("images", DATA / "cifar10_jpeg.tar", tmp_path / "shards")
     call(extract, "image", tmp_path / "shards", "--encoder", "patches", "--out", feats)
-    call(extract, "text", SHARED / "cifar10_prompts.json", "--encoder", "sentences", "--out", feats)
+    call(extract, "text", DATA / "cifar10_prompts.json", "--encoder", "sentences", "--out", feats)
     call(train, "vision_text", "--data.where", feats, "--shots", 4, "--search.points", 4,
          "--out", tmp_path / "run")  # fmt: skip
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

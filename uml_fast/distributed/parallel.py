@@ -204,8 +204,13 @@ def summing(losses: nn.Module, is_last: bool) -> Iterator[None]:
         yield
 
 
+def parts_of(config: DistConfig, strategy: str, world: int) -> int:
+    """Parts into which ``strategy`` (of ``choose``) cuts weights, gradients and moments."""
+    return (config.shard_ranks or world) if strategy == "fsdp" else 1
+
+
 def _mesh(config: DistConfig, ranks: Ranks, device: torch.device) -> DeviceMesh:
-    size = config.shard_ranks or ranks.world
+    size = parts_of(config, "fsdp", ranks.world)
     if size == ranks.world:
         return init_device_mesh(device.type, (ranks.world,), mesh_dim_names=("shard",))
     return init_device_mesh(

@@ -9,7 +9,7 @@ import torch
 
 from uml_fast.config import RunConfig
 from uml_fast.cost.scaling import stays_gathered
-from uml_fast.distributed.parallel import choose
+from uml_fast.distributed.parallel import choose, parts_of
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.experiment.run import check_folder, to_json
 from uml_fast.grid.data import LoadedData
@@ -92,7 +92,7 @@ def _lines(run: RunConfig, mode: str, world: int) -> Iterator[str]:
     if config.float8:
         check_float8(device, dtype)
     pack_source(task.validation, torch.device("cpu"), config)
-    parts = (config.dist.shard_ranks or world) if strategy == "fsdp" else 1
+    parts = parts_of(config.dist, strategy, world)
     count = sum(p.numel() for p in model.parameters())
     how = f"{strategy}, weights in {parts} parts" if world > 1 else "alone"
     how += ", as CUDA graphs" if is_captured else ""

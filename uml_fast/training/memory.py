@@ -9,6 +9,7 @@ import torch
 
 from uml_fast.config import BackboneConfig, RunConfig
 from uml_fast.cost.scaling import BETWEEN, STATE_BYTES, Network, stays_gathered
+from uml_fast.distributed.parallel import parts_of
 from uml_fast.distributed.ranks import Ranks
 from uml_fast.model.transformer import TransformerConfig
 from uml_fast.model.uml import Uml
@@ -87,7 +88,7 @@ def _advice(
     strategy: str,
 ) -> str:
     total, others, name = _memory_of(device)
-    parts = (config.dist.shard_ranks or ranks.world) if strategy == "fsdp" else 1
+    parts = parts_of(config.dist, strategy, ranks.world)
     count = sum(p.numel() for p in model.parameters())
     states = (STATE_BYTES + 4 * bool(config.optim.ema)) * count / parts
     if parts > 1 and stays_gathered(count, parts, total):
